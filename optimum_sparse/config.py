@@ -1,0 +1,277 @@
+"""`SparseConfig`: the one place where options, their ranges and their errors are written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+METHOD_NAMES = ("magnitude", "wanda", "sparsegpt", "sparsegpt-reference")
+COMPARISON_GROUPS = ("output", "layer")
+OVERRIDE_KEYS = ("match", "sparsity", "pattern")
+
+
+def _option(default: Any, help: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """How a model is pruned.
+
+    Every field is JSON, so a configuration can be written to a file, put in a model's `config.json`, or passed as
+    `quantization_config=` to `from_pretrained`, which then prunes while loading.
+
+    Raises:
+        ValueError: A value is out of range; the message gives the value, what is allowed and what to do.
+        TypeError: A value has the wrong type.
+    """
+
+    method: str = _option("sparsegpt", f"how weights are chosen and updated: {', '.join(METHOD_NAMES)}")
+    sparsity: float | None = _option(
+        None, "fraction of weights set to zero in each matrix, 0 <= s < 1 (default: 0.5, or what the pattern implies)"
+    )
+    pattern: str | None = _option(
+        None, "'N:M' keeps N non-zero weights of every M consecutive inputs, e.g. 2:4 (default: unstructured)", "N:M"
+    )
+    dataset: str | list[str] = _option(
+        "c4",
+        "calibration text: 'c4', 'wikitext2', a Hub id as path[:config[:split[:column]]], a .txt/.jsonl/.parquet file "
+        "or 'self' for text that the dense model generates",
+    )
+    num_samples: int = _option(128, "number of calibration windows")
+    seqlen: int | None = _option(
+        None, "tokens per calibration window (default: 2048, or the model's maximum if that is less)"
+    )
+    batch_size: int | None = _option(
+        None, "windows per forward (default: as many as fit in 2048 tokens on a CPU, 16384 on an accelerator)"
+    )
+    pack_documents: bool = _option(
+        True,
+        "join documents and cut them into windows; without it, the papers' rule: one random window from each "
+        "document that is longer than seqlen",
+    )
+    seed: int = _option(0, "seed of the calibration sampling, which has its own random generator")
+    targets: tuple[str, ...] = _option(
+        ("*",), "name patterns of the modules to prune; a pattern also matches any dotted suffix, e.g. q_proj, 'mlp.*'"
+    )
+    ignore: tuple[str, ...] = _option(
+        ("lm_head",),
+        "name patterns of modules left dense; 'lm_head' also stands for the output embeddings of any name",
+    )
+    overrides: tuple[dict[str, Any], ...] = _option(
+        (),
+        "other sparsity or pattern for the modules that match, e.g. 'mlp.*=0.6' or 'k_proj=2:4'; the last match wins, "
+        "sparsity 0 leaves a module dense",
+        "MATCH=VALUE",
+    )
+    block_range: tuple[int, int] | None = _option(
+        None, "prune only the blocks with FIRST <= index < LAST (default: all)", "FIRST LAST"
+    )
+    block_size: int = _option(
+        128, "sparsegpt: columns per lazy update, and per mask selection if the pattern is unstructured"
+    )
+    dampening_frac: float = _option(
+        0.01, "sparsegpt: damping added to the Hessian's diagonal, as a fraction of its mean"
+    )
+    true_sequential: bool = _option(
+        True,
+        "each group of layers sees inputs that went through all pruned layers before it; without it, all layers of a "
+        "block see the block's dense inputs, as in the papers' code (slower, less memory)",
+    )
+    comparison_group: str | None = _option(
+        None,
+        "wanda and magnitude: weights compete within one 'output' or the whole 'layer' "
+        "(default: wanda output, magnitude layer)",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name in ("num_samples", "block_size"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("seqlen", "batch_size"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        _check_int("seed", self.seed, 0)
+        for name in ("pack_documents", "true_sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        _check_choice("method", self.method, METHOD_NAMES)
+        if self.comparison_group is not None:
+            _check_choice("comparison_group", self.comparison_group, COMPARISON_GROUPS)
+            if self.method not in ("magnitude", "wanda"):
+                raise ValueError(
+                    f"comparison_group={self.comparison_group!r} applies to magnitude and wanda, not to {self.method}"
+                    ": leave it out, or choose one of these methods."
+                )
+        if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
+            raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
+        _check_dataset(self.dataset)
+        object.__setattr__(self, "sparsity", resolve_sparsity(self.sparsity, self.pattern))
+        object.__setattr__(
+            self, "overrides", tuple(_override(entry) for entry in _sequence("overrides", self.overrides))
+        )
+        if self.block_range is not None:
+            object.__setattr__(self, "block_range", _block_range(self.block_range))
+
+    @property
+    def quant_method(self) -> str:
+        """The name under which transformers finds the code that prunes while loading."""
+        return "optimum_sparse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as pure JSON; `from_dict` gives back an equal object."""
+        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(self)}))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> SparseConfig:
+        """Build a configuration from a mapping of field names to values.
+
+        Raises:
+            ValueError: A key is no field; the message names the closest one.
+        """
+        if not isinstance(options, Mapping):
+            raise TypeError(f"A configuration must be a mapping of field names to values, got {options!r}.")
+        names = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in names:
+                raise ValueError(f"Unknown option {key!r}{_closest(key, names)} Options are: {', '.join(names)}.")
+        return cls(**options)
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Write the configuration to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> SparseConfig:
+        """Read a configuration from a JSON file.
+
+        Raises:
+            ValueError: The file is not JSON, or holds an unknown option or a bad value.
+            FileNotFoundError: There is no such file.
+        """
+        try:
+            options = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}).") from error
+        return cls.from_dict(options)
+
+
+def resolve_sparsity(sparsity: float | None, pattern: str | None) -> float:
+    """The fraction of zeros that a sparsity and a pattern ask for together.
+
+    Args:
+        sparsity: Fraction of zeros in [0, 1), or `None` for what the pattern implies (0.5 without a pattern).
+        pattern: `"N:M"` or `None` for unstructured.
+
+    Raises:
+        ValueError: The sparsity is out of range, the pattern is malformed, or the two contradict each other.
+    """
+    if sparsity is not None and not (_is_number(sparsity) and 0 <= sparsity < 1):
+        raise ValueError(
+            f"sparsity must be a number with 0 <= sparsity < 1, got {sparsity!r}: 0.5 sets half of them to zero."
+        )
+    if pattern is None:
+        return 0.5 if sparsity is None else float(sparsity)
+    n, m = split_pattern(pattern)
+    implied = 1 - n / m
+    if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-9):
+        raise ValueError(
+            f"pattern {pattern!r} sets exactly {implied:g} of the weights to zero, but sparsity is {sparsity!r}: "
+            "leave sparsity out, or choose another pattern."
+        )
+    return implied
+
+
+def split_pattern(pattern: str) -> tuple[int, int]:
+    """Split `"N:M"` into `(N, M)`: N non-zero weights of every M consecutive inputs.
+
+    Raises:
+        ValueError: Not of the form N:M with 1 <= N < M.
+    """
+    parts = pattern.split(":") if isinstance(pattern, str) else []
+    if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+        n, m = int(parts[0]), int(parts[1])
+        if 1 <= n < m:
+            return n, m
+    raise ValueError(
+        f"pattern must be 'N:M' with 1 <= N < M, N being the number of weights kept of every M consecutive inputs "
+        f"(e.g. '2:4', '4:8', '1:4'), got {pattern!r}."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}{_closest(value, choices)} Choose one of: {', '.join(choices)}.")
+
+
+def _closest(word: Any, choices: Any) -> str:
+    near = difflib.get_close_matches(str(word), choices, n=1)
+    return f": did you mean {near[0]!r}?" if near else "."
+
+
+def _check_dataset(dataset: Any) -> None:
+    texts = [dataset] if isinstance(dataset, str) else dataset
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            f"dataset must be a name, a path or a list of strings, got {type(dataset).__name__}: pass token batches, "
+            "a datasets.Dataset or a DataLoader to prune(model, dataset=...) instead."
+        )
+    if not texts or not any(text.strip() for text in texts):
+        raise ValueError("dataset is empty: give a name, a path or at least one text.")
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {value!r}.")
+    return tuple(value)
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else _sequence(name, value)
+    if not all(isinstance(pattern, str) for pattern in names):
+        raise TypeError(f"{name} must be a list of name patterns, got {value!r}.")
+    return names
+
+
+def _override(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("match"), str):
+        raise TypeError(
+            f"An override is like {{'match': 'mlp.*', 'sparsity': 0.6}} or {{'match': 'k_proj', 'pattern': '2:4'}}"
+            f", got {entry!r}."
+        )
+    for key in entry:
+        if key not in OVERRIDE_KEYS:
+            raise ValueError(f"Unknown key {key!r} in override {entry!r}{_closest(key, OVERRIDE_KEYS)}")
+    sparsity, pattern = entry.get("sparsity"), entry.get("pattern")
+    if sparsity is None and pattern is None:
+        raise ValueError(f"Override {dict(entry)!r} changes nothing: give it a sparsity or a pattern.")
+    resolve_sparsity(sparsity, pattern)
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def _block_range(value: Any) -> tuple[int, int]:
+    first_last = _sequence("block_range", value)
+    if len(first_last) != 2:
+        raise ValueError(f"block_range must be (first, last), got {value!r}.")
+    for bound in first_last:
+        _check_int("block_range", bound, 0)
+    if first_last[0] >= first_last[1]:
+        raise ValueError(f"block_range {value!r} is empty: blocks with first <= index < last are pruned.")
+    return first_last

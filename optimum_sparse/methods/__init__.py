@@ -1,0 +1,46 @@
+"""The pruning methods, one file each.
+
+A method is a pure function of a weight and the statistics of its inputs:
+
+    solve(weight, statistics, pattern, config, rows) -> Solution
+
+- `weight`: `[rows, in_features]` fp32. Matrices that share their inputs may be stacked row-wise.
+- `statistics`: what its `statistics` class accumulated from the inputs, or `None` if the method needs no inputs.
+- `pattern`: which weights compete and how many are pruned.
+- `config`: the options; a method reads those that concern it.
+- `rows`: row counts of the stacked matrices, each of which gets exactly its share of zeros.
+
+To add one: write its file, add a line to `METHODS` here and its name to `config.METHOD_NAMES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..statistics import GramStatistics, NormStatistics, Statistics
+from . import magnitude, sparsegpt, sparsegpt_reference, wanda
+from .solution import Solution
+
+__all__ = ["METHODS", "Method", "Solution"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method and the statistics it needs.
+
+    Attributes:
+        solve: The function described above.
+        statistics: Class that accumulates the inputs, or `None` if the method looks at the weights only.
+    """
+
+    solve: Callable[..., Solution]
+    statistics: Callable[..., Statistics] | None
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude.solve, None),
+    "wanda": Method(wanda.solve, NormStatistics),
+    "sparsegpt": Method(sparsegpt.solve, GramStatistics),
+    "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics),
+}

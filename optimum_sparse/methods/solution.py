@@ -1,0 +1,22 @@
+"""What a method returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned weight.
+
+    Attributes:
+        weight: `[rows, in_features]` fp32, exactly zero where `mask` is false.
+        mask: Boolean `[rows, in_features]`, true where a weight was kept.
+        damping: Fraction of the mean diagonal that was added to the Hessian, or `None` if the method has none.
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    damping: float | None = None

@@ -1,0 +1,112 @@
+"""SparseGPT: prune column by column and let the remaining columns make up for it (Frantar & Alistarh, 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import SparseConfig
+from ..patterns import NM, Pattern, Unstructured, keep_all_but, keep_mask, num_pruned
+from ..statistics import GramStatistics
+from .hessian import reversed_cholesky
+from .solution import Solution
+
+# Columns per inner block of the sweep: updates stay inside it and reach the rest of the block as one matrix product.
+INNER = 16
+
+
+def solve(
+    weight: torch.Tensor,
+    statistics: GramStatistics,
+    pattern: Pattern,
+    config: SparseConfig,
+    rows: Sequence[int] | None = None,
+) -> Solution:
+    """Minimise ||(W - V) X||^2 greedily, as Algorithm 1 of the paper, without forming an inverse.
+
+    With H = U U^T (U upper triangular), H^-1 = R^T R for R = U^-1. A block of columns b needs R only through
+    R_bb = U_bb^-1, since the updates it has received from the columns before it are E U_:b R_bb, with E = W - V of
+    those columns. The loop therefore works on one block at a time and never touches the columns behind it.
+
+    The weight is held transposed, so that a column of the sweep is contiguous.
+
+    See `optimum_sparse.methods` for the arguments.
+    """
+    factor, damping = reversed_cholesky(statistics, config.dampening_frac)
+    target = weight.T.contiguous()
+    pruned, errors = torch.empty_like(target), torch.empty_like(target)
+    mask = torch.empty_like(target, dtype=torch.bool)
+    for start, stop in _blocks(target.shape[0], config.block_size, pattern):
+        block = slice(start, stop)
+        eye = torch.eye(stop - start, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
+        received = factor[:start, block].T @ errors[:start]
+        columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
+        keep = None
+        if isinstance(pattern, Unstructured):
+            keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
+        mask[block] = _sweep(columns, inverse, keep, pattern)
+        torch.sub(target[block], columns, out=errors[block])
+    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping)
+
+
+def _blocks(in_features: int, block_size: int, pattern: Pattern) -> list[tuple[int, int]]:
+    """Bounds of the blocks; those of N:M hold whole groups."""
+    step = block_size if isinstance(pattern, Unstructured) else -(-block_size // pattern.m) * pattern.m
+    return [(start, min(start + step, in_features)) for start in range(0, in_features, step)]
+
+
+def _select(
+    saliency: torch.Tensor, pattern: Unstructured, rows: Sequence[int] | None, start: int, stop: int
+) -> torch.Tensor:
+    """Adaptive mask selection: drop the smallest |w / R_ii| of a block, over all outputs of each matrix.
+
+    The number to drop is the difference of two running totals, so that those of all blocks add up to what was asked.
+
+    Args:
+        saliency: `[columns, rows]` w / R_ii of the block.
+        pattern: The pattern.
+        rows: Row counts of the stacked matrices.
+        start: First column of the block.
+        stop: One past its last column.
+    """
+    keeps = []
+    for scores in saliency.abs().split(list(rows or saliency.shape[1:]), dim=1):
+        height = scores.shape[1]
+        count = num_pruned(stop * height, pattern.sparsity) - num_pruned(start * height, pattern.sparsity)
+        keeps.append(keep_all_but(scores.T.reshape(1, -1), count).view(height, -1).T)
+    return torch.cat(keeps, dim=1)
+
+
+def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | None, pattern: Pattern) -> torch.Tensor:
+    """Prune the columns of a block one after the other, in place.
+
+    Args:
+        columns: `[columns, rows]` weights of the block, transposed.
+        inverse: `[columns, columns]` R_bb, upper triangular.
+        keep: `[columns, rows]` mask, or `None` to choose it per N:M group when the sweep gets there.
+        pattern: The pattern.
+
+    Returns:
+        The mask, true where a weight was kept.
+    """
+    width = columns.shape[0]
+    diagonal = inverse.diagonal()
+    group = pattern.m if isinstance(pattern, NM) else 1
+    step = -(-INNER // group) * group
+    mask = torch.empty_like(columns, dtype=torch.bool) if keep is None else keep
+    for begin in range(0, width, step):
+        end = min(begin + step, width)
+        errors = torch.empty_like(columns[begin:end])
+        for i in range(begin, end):
+            if keep is None and i % group == 0:
+                saliency = columns[i : i + group] / diagonal[i : i + group, None]
+                mask[i : i + group] = keep_mask(saliency.abs().T, pattern).T
+            column, error = columns[i], errors[i - begin]
+            torch.div(column, diagonal[i], out=error)
+            error.masked_fill_(mask[i], 0)
+            column.masked_fill_(~mask[i], 0)
+            columns[i + 1 : end].addr_(inverse[i, i + 1 : end], error, alpha=-1)
+        columns[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
+    return mask

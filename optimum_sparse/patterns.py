@@ -1,0 +1,102 @@
+"""Sparsity patterns and the exact selection of which weights to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import resolve_sparsity, split_pattern
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros anywhere; `sparsity` is their fraction of the weights that compete with each other."""
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.4g}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """`n` non-zero weights in every `m` consecutive inputs of an output (NVIDIA's meaning of N:M).
+
+    The reference code of SparseGPT and Wanda counts the pruned ones instead: the same at 2:4, the opposite at 1:4.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(sparsity: float | None, pattern: str | None) -> Pattern:
+    """Turn the two options of a configuration into a pattern.
+
+    Raises:
+        ValueError: As `optimum_sparse.config.resolve_sparsity`.
+    """
+    resolved = resolve_sparsity(sparsity, pattern)
+    return Unstructured(resolved) if pattern is None else NM(*split_pattern(pattern))
+
+
+def num_pruned(numel: int, sparsity: float) -> int:
+    """Number of zeros asked for among `numel` weights: `sparsity * numel`, rounded to the nearest, halves up."""
+    # The product may fall short of a half by an ulp, as in 0.35 * 10 == 3.4999999999999996.
+    return int(round(sparsity * numel, 6) + 0.5)
+
+
+def keep_mask(
+    scores: torch.Tensor, pattern: Pattern, group: str = "layer", rows: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Choose the weights to keep: those with the highest scores in their group, an exact number of them.
+
+    Ties are broken by index: of equal scores, the first ones are pruned.
+
+    Args:
+        scores: `[rows, in_features]` importance of each weight.
+        pattern: What to keep. For N:M each group is M consecutive inputs of one output.
+        group: `"layer"` lets all weights of a matrix compete, `"output"` those of each row. Unused by N:M.
+        rows: Row counts of the matrices that are stacked in `scores`; each is a layer of its own.
+
+    Returns:
+        Boolean `[rows, in_features]`, true where the weight is kept.
+    """
+    if isinstance(pattern, NM):
+        grouped = scores.reshape(-1, pattern.m)
+        return keep_all_but(grouped, pattern.m - pattern.n).reshape(scores.shape)
+    if group == "output":
+        return keep_all_but(scores, num_pruned(scores.shape[1], pattern.sparsity))
+    layers = scores.split(list(rows)) if rows else [scores]
+    masks = [keep_all_but(s.reshape(1, -1), num_pruned(s.numel(), pattern.sparsity)).reshape(s.shape) for s in layers]
+    return masks[0] if len(masks) == 1 else torch.cat(masks)
+
+
+def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask that drops the `count` lowest scores of each row, of equal ones those with the lowest index.
+
+    Args:
+        scores: `[rows, columns]`.
+        count: How many to drop, 0 <= count <= columns.
+
+    Returns:
+        Boolean `[rows, columns]`, true where the score is kept.
+    """
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, tied = scores < threshold, scores == threshold
+    room = count - below.sum(dim=1, keepdim=True)
+    return ~(below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room)))
