@@ -1,0 +1,298 @@
+"""`sparsity_config`: the record of what was pruned, as it stands in a model's config.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import __version__
+from .config import SparseConfig, split_pattern
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# A component of a module name that is an integer: an index into a list of blocks or experts.
+_INDEX = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])")
+_RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
+_MOST_NAMES = 1_000_000
+_HUB_SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})$")
+
+
+class Matrix(Protocol):
+    """A pruned matrix, as `sparsity_config` needs to see it."""
+
+    @property
+    def name(self) -> str:
+        """Module name."""
+
+    @property
+    def pattern(self) -> object:
+        """What was asked for; reads as `"N:M"` if it is N:M."""
+
+    def read(self) -> torch.Tensor:
+        """The weights, `[out_features, in_features]`."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """The zeros that a matrix was found to have, and the N:M patterns that it satisfies."""
+
+    zeros: int
+    numel: int
+    patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a `sparsity_config` says about a group of matrices that differ only in their block."""
+
+    names: list[str]
+    zeros: int
+    numel: int
+    pattern: str | None
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Join names that differ only in their first index.
+
+    `["h.0.fc", "h.1.fc", "h.3.fc", "head"]` becomes `["h.{0-1,3}.fc", "head"]`; `expand_name` is the way back.
+    """
+    indices: dict[tuple[str, str | None], list[int]] = {}
+    for name in names:
+        index = _INDEX.search(name)
+        if index is None:
+            indices[name, None] = []
+        else:
+            indices.setdefault((name[: index.start()], name[index.end() :]), []).append(int(index[0]))
+    return [
+        head if tail is None else f"{head}{_ranges(set(members))}{tail}" for (head, tail), members in indices.items()
+    ]
+
+
+def _ranges(indices: set[int]) -> str:
+    if len(indices) == 1:
+        return str(*indices)
+    starts = sorted(i for i in indices if i - 1 not in indices)
+    ends = sorted(i for i in indices if i + 1 not in indices)
+    return "{" + ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True)) + "}"
+
+
+def expand_name(name: str) -> list[str]:
+    """The names that a folded name stands for, in the order of their index.
+
+    Raises:
+        ValueError: A range is so long that it cannot come from a model.
+    """
+    ranges = _RANGES.search(name)
+    if ranges is None:
+        return [name]
+    bounds = [tuple(map(int, part.split("-"))) for part in ranges[1].split(",")]
+    if sum(bound[-1] - bound[0] + 1 for bound in bounds) > _MOST_NAMES:
+        raise ValueError(f"{name!r} stands for more than {_MOST_NAMES} names: no model has as many.")
+    return [
+        f"{name[: ranges.start()]}{index}{name[ranges.end() :]}"
+        for bound in bounds
+        for index in range(bound[0], bound[-1] + 1)
+    ]
+
+
+def count(weight: torch.Tensor, patterns: Iterable[str] = ()) -> Count:
+    """Count the zeros of `weight` `[out_features, in_features]` and test which of `patterns` ("N:M") it satisfies."""
+    nonzero = weight != 0
+    num_nonzero = int(nonzero.sum())
+    satisfied = tuple(pattern for pattern in patterns if _holds(nonzero, num_nonzero, pattern))
+    return Count(weight.numel() - num_nonzero, weight.numel(), satisfied)
+
+
+def _holds(nonzero: torch.Tensor, num_nonzero: int, pattern: str) -> bool:
+    n, m = split_pattern(pattern)
+    if nonzero.ndim != 2 or nonzero.shape[1] % m or num_nonzero * m > nonzero.numel() * n:
+        return False
+    return bool((nonzero.reshape(-1, m).sum(dim=1) <= n).all())
+
+
+def sparsity_config(
+    model: PreTrainedModel, config: SparseConfig, matrices: Sequence[Matrix], calibration_record: Mapping | None
+) -> dict[str, Any]:
+    """Describe what was done to `model`, as pure JSON.
+
+    Args:
+        model: The pruned model; its `name_or_path` says what it was before.
+        config: How it was pruned.
+        matrices: What was pruned, with the weights it has now.
+        calibration_record: `Calibration.record`, or `None` for a method that uses no data.
+    """
+    seen = dict(calibration_record or {})
+    base_model, base_revision = _base(model)
+    record: dict[str, Any] = {
+        "method": config.method,
+        "pattern": config.pattern,
+        "sparsity": config.sparsity,
+        "achieved_sparsity": None,
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "dataset": seen.get("dataset"),
+        "num_samples": seen.get("num_samples"),
+        "seqlen": seen.get("seqlen"),
+        "seed": config.seed,
+        "calibration_sha256": seen.get("sha256"),
+        "num_tokens": seen.get("num_tokens"),
+        "versions": {
+            "optimum_sparse": __version__,
+            "torch": importlib.metadata.version("torch"),
+            "transformers": importlib.metadata.version("transformers"),
+        },
+        "matrices": {},
+    }
+    if "generation" in seen:
+        record["generation"] = seen["generation"]
+    options = config.to_dict()
+    for field in fields(config):
+        if field.name not in record and getattr(config, field.name) != field.default:
+            record[field.name] = options[field.name]
+    # Names are folded only with those pruned alike, so that each entry speaks for all of its members.
+    for pattern in dict.fromkeys(str(matrix.pattern) for matrix in matrices):
+        alike = {matrix.name: matrix for matrix in matrices if str(matrix.pattern) == pattern}
+        for folded in fold_names(alike):
+            counts = [count(alike[name].read()) for name in expand_name(folded)]
+            record["matrices"][folded] = _entry(counts, pattern if ":" in pattern else None)
+    record["achieved_sparsity"] = _achieved(record["matrices"])
+    json.dumps(record, allow_nan=False)  # a value that is not JSON would fail in the middle of saving the model
+    return record
+
+
+def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of `model`, with the zeros that its weights have now.
+
+    Weights change after pruning: merging an ordinary LoRA adapter, for one, leaves no zero. An N:M pattern that no
+    longer holds is set to `None`. Differences are logged as a warning.
+
+    Args:
+        model: The model.
+        metadata: Its `config.sparsity_config`.
+
+    Raises:
+        ValueError: The metadata names a module that the model does not have.
+    """
+    matrices = {}
+    for folded, entry in metadata["matrices"].items():
+        patterns = [entry["pattern"]] if entry["pattern"] else []
+        counts = [count(_weight(model, name), patterns) for name in expand_name(folded)]
+        holds = all(c.patterns for c in counts)
+        matrices[folded] = _entry(counts, entry["pattern"] if holds else None)
+    current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
+    if matrices != metadata["matrices"]:
+        logger.warning(
+            "The weights changed after pruning: sparsity_config said %.2f %% zeros, corrected to %.2f %%.",
+            100 * metadata["achieved_sparsity"],
+            100 * current["achieved_sparsity"],
+        )
+    return current
+
+
+def read_claims(metadata: Any) -> dict[str, Claim]:
+    """What a `sparsity_config` says about each group of matrices, by folded name.
+
+    Args:
+        metadata: From a config.json that need not be trusted.
+
+    Raises:
+        ValueError: It is not of the form that `sparsity_config` writes, or contradicts itself.
+    """
+    try:
+        entries = {
+            folded: (int(e["zeros"]), int(e["numel"]), e["pattern"]) for folded, e in metadata["matrices"].items()
+        }
+        achieved = metadata["achieved_sparsity"]
+        for _, _, pattern in entries.values():
+            if pattern is not None:
+                split_pattern(pattern)
+        claims = {folded: Claim(expand_name(folded), *entry) for folded, entry in entries.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"sparsity_config is not of the form that optimum_sparse writes ({error!r}).") from error
+    if not claims:
+        raise ValueError("sparsity_config names no matrix.")
+    if achieved != _achieved(metadata["matrices"]):
+        raise ValueError(f"achieved_sparsity is {achieved}, but its matrices give {_achieved(metadata['matrices'])}.")
+    return claims
+
+
+def differences(claims: Mapping[str, Claim], found: Mapping[str, Count]) -> list[str]:
+    """What is claimed and is not so: one sentence each, none if all claims are true.
+
+    Args:
+        claims: From `read_claims`.
+        found: What each matrix was found to have, by module name; its `patterns` include the claimed one if it holds.
+    """
+    problems = []
+    for folded, claim in claims.items():
+        missing = [name for name in claim.names if name not in found]
+        if missing:
+            problems.append(
+                f"{folded}: there is no {missing[0]}.weight ({len(missing)} of {len(claim.names)} missing)."
+            )
+            continue
+        counts = [found[name] for name in claim.names]
+        zeros, numel = sum(c.zeros for c in counts), sum(c.numel for c in counts)
+        if (claim.zeros, claim.numel) != (zeros, numel):
+            problems.append(f"{folded}: claims {claim.zeros} zeros of {claim.numel}, there are {zeros} of {numel}.")
+        broken = [c for c in counts if claim.pattern is not None and claim.pattern not in c.patterns]
+        if broken:
+            problems.append(f"{folded}: claims {claim.pattern}, but {len(broken)} of {len(counts)} are not.")
+    return problems
+
+
+def _entry(counts: list[Count], pattern: str | None) -> dict[str, Any]:
+    return {"zeros": sum(c.zeros for c in counts), "numel": sum(c.numel for c in counts), "pattern": pattern}
+
+
+def _achieved(matrices: Mapping[str, Mapping[str, Any]]) -> float:
+    numel = sum(entry["numel"] for entry in matrices.values())
+    return round(sum(entry["zeros"] for entry in matrices.values()) / numel, 6) if numel else 0.0
+
+
+def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        module = model.get_submodule(name)
+        weight = module.weight
+    except AttributeError as error:
+        raise ValueError(
+            f"config.sparsity_config names the matrix {name!r}, which {type(model).__name__} does not have: unwrap "
+            "the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does not apply."
+        ) from error
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _base(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Hub id and revision of the model before pruning; for local files their name only, which is nobody's secret."""
+    source = str(model.name_or_path or "")
+    snapshot = _HUB_SNAPSHOT.search(source.replace(os.sep, "/"))
+    if snapshot:
+        return snapshot[1].replace("--", "/"), snapshot[2]
+    if not source or os.path.exists(source):
+        return Path(source).resolve().name if source else None, None
+    return source, getattr(model.config, "_commit_hash", None) or _only_cached_revision(source)
+
+
+def _only_cached_revision(repo_id: str) -> str | None:
+    """Revision of a Hub model that was loaded: transformers does not keep it, but the cache holds it.
+
+    If the cache holds several revisions, there is no telling which one was loaded.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots")
+    revisions = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
+    return revisions[0] if len(revisions) == 1 else None

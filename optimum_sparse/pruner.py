@@ -1,0 +1,213 @@
+"""`SparsePruner`: ties calibration, lockstep forwards and a method together, and writes to the model."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import metadata
+from .calibration import load_calibration
+from .config import SparseConfig
+from .estimate import peak_memory
+from .matrices import find_matrices
+from .methods import METHODS
+from .progress import Progress
+from .report import SparsityReport
+from .run import PruningRun
+from .saving import check_target, replace_folder
+
+REPORT_FILE = "sparsity_report.json"
+
+
+class SparsePruner:
+    """Prunes a causal language model in one shot, in place.
+
+        pruner = SparsePruner(method="sparsegpt", pattern="2:4")
+        pruner.prune(model, tokenizer)
+        pruner.save(model, "llama-2of4", tokenizer)
+
+    Args:
+        config: How to prune.
+        progress: Show what to expect, a progress bar and a summary on stderr.
+        **options: Fields of `SparseConfig`, instead of `config`.
+
+    Attributes:
+        config: The `SparseConfig`.
+        report: The `SparsityReport` of the last `prune`, `None` before.
+
+    Raises:
+        ValueError: An option is unknown or out of range.
+        TypeError: `config` is not a `SparseConfig`, or options were given besides it.
+    """
+
+    def __init__(self, config: SparseConfig | None = None, *, progress: bool = True, **options: Any) -> None:
+        if config is None:
+            config = SparseConfig.from_dict(options)
+        elif not isinstance(config, SparseConfig):
+            raise TypeError(
+                f"config must be a SparseConfig, got {config!r}: use SparsePruner.from_dict for a mapping."
+            )
+        elif options:
+            raise TypeError(f"Give either config or options, not both: got config and {', '.join(options)}.")
+        self.config = config
+        self.progress = progress
+        self.report: SparsityReport | None = None
+
+    def prune(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, dataset: Any = None
+    ) -> PreTrainedModel:
+        """Prune `model` in place.
+
+        If it is interrupted, the layers pruned so far stay pruned, the others stay dense, and the model is usable.
+
+        Args:
+            model: A model in evaluation mode.
+            tokenizer: Its tokenizer, needed if the calibration data is text.
+            dataset: Calibration data to use instead of `config.dataset`: also a list of token dicts, a
+                `datasets.Dataset`, or a `DataLoader` of model inputs.
+
+        Returns:
+            The model, with `model.config.sparsity_config` set.
+
+        Raises:
+            ValueError: The model, the configuration or the data cannot be used; the message says what to do.
+        """
+        _check_model(model)
+        matrices, skipped = find_matrices(model, self.config)
+        report = self.report = SparsityReport(config=self.config.to_dict(), skipped=skipped)
+        started = time.perf_counter()
+        with torch.no_grad(), Progress(self.progress, self.config, matrices) as progress:
+            run = PruningRun(self.config, report, progress)
+            if METHODS[self.config.method].statistics is None:
+                for matrix in matrices:
+                    run.solve([matrix], None)
+            else:
+                calibration = load_calibration(self.config, model, tokenizer, dataset)
+                report.calibration = calibration.record
+                report.seconds["calibration data"] = time.perf_counter() - started
+                run.calibrated(model, matrices, calibration)
+            report.seconds["total"] = time.perf_counter() - started
+            report.peak_memory = peak_memory()
+            pruned = {matrix.name for matrix in report.matrices}
+            model.config.sparsity_config = metadata.sparsity_config(
+                model, self.config, [m for m in matrices if m.name in pruned], report.calibration
+            )
+            progress.say(report.table())
+        return model
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write a plain dense checkpoint, with zeros, that loads everywhere.
+
+        `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
+        of them are complete.
+
+        Args:
+            model: The pruned model.
+            directory: Where to; other files in it are left alone.
+            tokenizer: Written along if given.
+            max_shard_size: Largest size of a weight file.
+
+        Raises:
+            ValueError: The model was not pruned, or `directory` holds the files that its weights are offloaded to.
+            OSError: Writing failed; what was in `directory` is unchanged.
+        """
+        check_target(model, directory)
+        model.config.sparsity_config = metadata.recount(model, self._metadata(model))
+        with replace_folder(directory) as folder:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if self.report is not None:
+                self.report.to_json(folder / REPORT_FILE)
+
+    def push_to_hub(
+        self,
+        model: PreTrainedModel,
+        repo_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload weights, tokenizer, report and model card in one commit.
+
+        Args:
+            model: The pruned model.
+            repo_id: `"user/name"`; created if it does not exist.
+            tokenizer: Uploaded along if given.
+            private: Whether a new repository is private.
+            token: Hub token, instead of the one logged in with.
+            commit_message: Message of the commit.
+
+        Returns:
+            URL of the commit.
+        """
+        from .integrations.hub import model_card, push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(model, folder, tokenizer)
+            model_card(model.config.sparsity_config, self.report).save(Path(folder, "README.md"))
+            return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as pure JSON."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> SparsePruner:
+        """A pruner from what `to_dict` gave.
+
+        Raises:
+            ValueError: As `SparseConfig.from_dict`.
+        """
+        return cls(SparseConfig.from_dict(options))
+
+    def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
+        record = getattr(model.config, "sparsity_config", None)
+        if record is None:
+            raise ValueError(
+                f"This {type(model).__name__} has no config.sparsity_config: prune it first, or save a dense model "
+                "with its own save_pretrained."
+            )
+        return record
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a loaded model, got {model!r}: call AutoModelForCausalLM.from_pretrained first."
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = getattr(quantizer.quantization_config, "quant_method", None)
+        method = getattr(method, "value", method)
+        if method != "gguf":
+            raise ValueError(f"The model is quantized with {method}: prune the unquantized model, then quantize it.")
+        # Its weights are plain tensors already; without the quantizer it can be saved.
+        quantizer.remove_quantization_config(model)
+    if model.training:
+        raise ValueError("The model is in training mode, so dropout would disturb the statistics: call model.eval().")
+    devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices:
+        raise ValueError(
+            "Some weights are offloaded or not loaded (on the meta device): load the model without offloading to disk"
+            ", e.g. device_map='cpu'."
+        )
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise ValueError(
+            f"The model is spread over {', '.join(sorted(map(str, devices)))}: move it to one device with "
+            "model.to(...), or load it with device_map='auto'."
+        )

@@ -1,0 +1,74 @@
+"""Writing a folder of files so that a failure half-way leaves the old ones as they were."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+# Weight files of an earlier save, which would be loaded along with the new ones.
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@contextmanager
+def replace_folder(directory: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to write into, and move its files to `directory` when all of them are complete.
+
+    Files of the same name are replaced one by one by atomic renames, old weight files go last, and whatever else
+    stands in `directory` stays. If the body raises, for instance because the disk is full, nothing there has changed.
+
+    Raises:
+        ValueError: `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: name a folder to save into.")
+    directory.mkdir(parents=True, exist_ok=True)
+    # Beside the target, hence on the same disk, so that the moves are renames.
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield temporary
+        new = sorted(path.name for path in temporary.iterdir())
+        # The index of sharded weights comes after the shards it names, the rest after the weights.
+        for name in sorted(new, key=lambda name: (not name.endswith(".safetensors"), name)):
+            os.replace(temporary / name, directory / name)
+        for pattern in WEIGHT_FILES:
+            for path in directory.glob(pattern):
+                if path.name not in new:
+                    path.unlink()
+    finally:
+        shutil.rmtree(temporary)
+
+
+def check_target(model: nn.Module, directory: str | Path) -> None:
+    """Refuse to save a disk-offloaded model over the files that its weights are still read from.
+
+    Raises:
+        ValueError: `directory` holds a file that `model` reads its weights from.
+    """
+    directory = Path(directory).resolve()
+    for path in offload_files(model):
+        if path.resolve().parent == directory:
+            raise ValueError(
+                f"{directory} holds {path.name}, from which this offloaded model still reads its weights: saving "
+                "there would destroy them. Choose another folder."
+            )
+
+
+def offload_files(model: nn.Module) -> set[Path]:
+    """The safetensors files from which Accelerate loads offloaded weights of `model`, if any."""
+    files = set()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            weights = getattr(part, "weights_map", None)
+            weights = getattr(weights, "dataset", weights)
+            for entry in (getattr(weights, "index", None) or {}).values():
+                if "safetensors_file" in entry:
+                    files.add(Path(entry["safetensors_file"]))
+    return files
