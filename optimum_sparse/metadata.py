@@ -187,7 +187,7 @@ def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, An
     matrices = {}
     for folded, entry in metadata["matrices"].items():
         patterns = [entry["pattern"]] if entry["pattern"] else []
-        counts = [count(_weight(model, name), patterns) for name in expand_name(folded)]
+        counts = [count(module_weight(model, name), patterns) for name in expand_name(folded)]
         holds = all(c.patterns for c in counts)
         matrices[folded] = _entry(counts, entry["pattern"] if holds else None)
     current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
@@ -198,6 +198,25 @@ def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, An
             100 * current["achieved_sparsity"],
         )
     return current
+
+
+def module_weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """The weight `[out_features, in_features]` of the module `name`.
+
+    Raises:
+        ValueError: The model has no such module.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        module = model.get_submodule(name)
+        weight = module.weight
+    except AttributeError as error:
+        raise ValueError(
+            f"config.sparsity_config names the matrix {name!r}, which {type(model).__name__} does not have: unwrap "
+            "the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does not apply."
+        ) from error
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def read_claims(metadata: Any) -> dict[str, Claim]:
@@ -259,20 +278,6 @@ def _entry(counts: list[Count], pattern: str | None) -> dict[str, Any]:
 def _achieved(matrices: Mapping[str, Mapping[str, Any]]) -> float:
     numel = sum(entry["numel"] for entry in matrices.values())
     return round(sum(entry["zeros"] for entry in matrices.values()) / numel, 6) if numel else 0.0
-
-
-def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        module = model.get_submodule(name)
-        weight = module.weight
-    except AttributeError as error:
-        raise ValueError(
-            f"config.sparsity_config names the matrix {name!r}, which {type(model).__name__} does not have: unwrap "
-            "the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does not apply."
-        ) from error
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _base(model: PreTrainedModel) -> tuple[str | None, str | None]:

@@ -91,6 +91,8 @@ class SparsePruner:
             else:
                 calibration = load_calibration(self.config, model, tokenizer, dataset)
                 report.calibration = calibration.record
+                if (found := calibration.record["num_samples"]) < self.config.num_samples:
+                    report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
                 run.calibrated(model, matrices, calibration)
             report.seconds["total"] = time.perf_counter() - started
@@ -159,7 +161,7 @@ class SparsePruner:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer)
-            model_card(model.config.sparsity_config, self.report).save(Path(folder, "README.md"))
+            model_card(model.config.sparsity_config, self.report, repo_id).save(Path(folder, "README.md"))
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _summary(members: list[MatrixReport]) -> tuple[str, str, str, str, str]:
     errors = [matrix.error for matrix in members if matrix.error is not None]
     return (
         str(len(members)),
-        f"{100 * sum(m.zeros for m in members) / sum(m.numel for m in members):.2f} %",
+        f"{100 * sum(m.zeros for m in members) / max(sum(m.numel for m in members), 1):.2f} %",
         f"{100 * sum(errors) / len(errors):.2f} %" if errors else "",
         f"{100 * max(errors):.2f} %" if errors else "",
         f"{sum(m.seconds for m in members):.1f}",

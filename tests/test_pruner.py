@@ -1,0 +1,325 @@
+"""`SparsePruner` as a user meets it: what it changes, what it records, what it refuses."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from optimum_sparse import SparseConfig, SparsePruner
+from optimum_sparse.matrices import find_matrices
+from optimum_sparse.patterns import num_pruned
+
+from .checkpoints import tiny_tokenizer
+from .helpers import HIDDEN, tiny_batches, tiny_model
+
+METHODS = ["magnitude", "wanda", "sparsegpt", "sparsegpt-reference"]
+TEXT = [" ".join(f"{n} squared is {n * n}." for n in range(400))]
+
+
+def pruned(model, dataset=None, tokenizer=None, **options):
+    pruner = SparsePruner(SparseConfig(num_samples=6, **options), progress=False)
+    pruner.prune(model, tokenizer, dataset if dataset is not None or tokenizer is not None else tiny_batches())
+    return pruner
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [None, "2:4", "1:4", "8:16"])
+def test_zeros_are_exact_and_nothing_else_changes(method, pattern):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruner = pruned(model, method=method, pattern=pattern, sparsity=None if pattern else 0.6)
+    matrices = {matrix.name: matrix for matrix in find_matrices(model, pruner.config)[0]}
+    assert len(matrices) == 14
+    for name, matrix in matrices.items():
+        weight = matrix.read()
+        if pattern:
+            n, m = map(int, pattern.split(":"))
+            assert ((weight != 0).reshape(-1, m).sum(dim=1) == n).all(), name
+        elif method == "wanda":
+            assert ((weight == 0).sum(dim=1) == num_pruned(weight.shape[1], 0.6)).all(), name
+        else:
+            assert (weight == 0).sum() == num_pruned(weight.numel(), 0.6), name
+    for name, value in model.state_dict().items():
+        if name.removesuffix(".weight") not in matrices:
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_sparsity_of_zero_changes_nothing():
+    model, dense = tiny_model(), tiny_model()
+    for method in METHODS:
+        pruned(model, method=method, sparsity=0.0)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True)), method
+
+
+def test_pruned_outputs_stay_close_in_the_order_of_the_methods():
+    """On correlated inputs an update beats none, and activations beat magnitudes, at the model's own output."""
+    errors = {}
+    dense = tiny_model(seed=3)
+    with torch.no_grad():
+        dense.model.embed_tokens.weight *= torch.linspace(0.02, 3, HIDDEN)  # some features matter much more
+    batches = tiny_batches(num=8, rows=4)
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        model = copy.deepcopy(dense)
+        pruner = SparsePruner(method=method, sparsity=0.5, num_samples=32, progress=False)
+        pruner.prune(model, dataset=batches)
+        with torch.no_grad():
+            errors[method] = sum((model(**b).logits - dense(**b).logits).square().sum().item() for b in batches)
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+def test_overrides_block_range_and_targets():
+    model = tiny_model(num_hidden_layers=3)
+    pruner = pruned(
+        model,
+        method="wanda",
+        targets=["mlp.*", "k_proj", "v_proj"],
+        block_range=(1, 3),
+        overrides=[{"match": "mlp.*", "pattern": "1:4"}, {"match": "2.mlp.up_proj", "sparsity": 0}],
+    )
+    asked = {entry.name.removeprefix("model.layers."): entry.pattern for entry in pruner.report.matrices}
+    assert asked == {
+        "1.self_attn.k_proj": "0.5",
+        "1.self_attn.v_proj": "0.5",
+        "1.mlp.gate_proj": "1:4",
+        "1.mlp.up_proj": "1:4",
+        "1.mlp.down_proj": "1:4",
+        "2.self_attn.k_proj": "0.5",
+        "2.self_attn.v_proj": "0.5",
+        "2.mlp.gate_proj": "1:4",
+        "2.mlp.down_proj": "1:4",
+    }
+    skipped = pruner.report.skipped
+    assert skipped["model.layers.0.mlp.up_proj"] == "outside block_range"
+    assert skipped["model.layers.2.mlp.up_proj"] == "sparsity 0 in overrides"
+    assert skipped["model.layers.1.self_attn.q_proj"] == "does not match targets"
+    assert (model.model.layers[2].mlp.up_proj.weight != 0).all()
+
+
+def test_metadata_is_pure_json_and_true():
+    model = tiny_model()
+    pruner = pruned(model, method="sparsegpt", pattern="2:4", seed=7)
+    record = model.config.sparsity_config
+    assert json.loads(json.dumps(record)) == record
+    assert (record["method"], record["pattern"], record["sparsity"]) == ("sparsegpt", "2:4", 0.5)
+    assert record["achieved_sparsity"] == 0.5 and record["seed"] == 7 and record["num_samples"] == 6
+    assert set(record["versions"]) == {"optimum_sparse", "torch", "transformers"}
+    down = record["matrices"]["model.layers.{0-1}.mlp.down_proj"]
+    assert down == {"zeros": 2 * 64 * HIDDEN // 2, "numel": 2 * 64 * HIDDEN, "pattern": "2:4"}
+    assert pruner.report.sparsity == 0.5
+
+
+def test_save_and_load_are_exact_and_the_checkpoint_is_plain(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pruner = pruned(model, TEXT, tokenizer, method="sparsegpt", seqlen=32)
+    pruner.save(model, tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config and config["sparsity_config"]["achieved_sparsity"] == 0.5
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.sparsity_config == model.config.sparsity_config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    report = json.loads((tmp_path / "sparsity_report.json").read_text())
+    assert len(report["matrices"]) == 14 and report["calibration"]["num_samples"] == 6
+
+
+def test_metadata_is_recomputed_on_save(tmp_path, caplog):
+    model = tiny_model()
+    pruner = pruned(model, method="magnitude")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(1.0)
+    pruner.save(model, tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())["sparsity_config"]
+    up = record["matrices"]["model.layers.{0-1}.mlp.up_proj"]
+    assert up["zeros"] == up["numel"] // 4
+    assert record["achieved_sparsity"] < 0.5
+    assert "weights changed after pruning" in caplog.text
+
+
+def test_a_pruner_can_be_rebuilt_from_its_dict():
+    pruner = SparsePruner(method="wanda", pattern="4:8")
+    assert SparsePruner.from_dict(pruner.to_dict()).config == pruner.config
+
+
+def test_a_pruned_model_can_be_pruned_again():
+    model = tiny_model()
+    pruned(model, method="wanda", sparsity=0.3)
+    pruned(model, method="sparsegpt", sparsity=0.6)
+    assert model.config.sparsity_config["achieved_sparsity"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_tied_output_embeddings_stay_whole():
+    model = tiny_model(tie_word_embeddings=True)
+    before = model.model.embed_tokens.weight.clone()
+    pruner = pruned(model, method="magnitude", ignore=[])
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert "shares its weight with the embedding" in pruner.report.skipped["lm_head"]
+
+
+def test_untied_output_embeddings_are_pruned_if_asked():
+    model = tiny_model(tie_word_embeddings=False)
+    pruned(model, method="sparsegpt", ignore=[])
+    assert (model.lm_head.weight == 0).float().mean() == 0.5
+
+
+def test_output_embeddings_of_another_name_are_ignored_too(monkeypatch):
+    model = tiny_model()
+    model.unembed = model.lm_head
+    del model.lm_head
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: model.unembed)
+    matrices, skipped = find_matrices(model, SparseConfig())
+    assert skipped == {"unembed": "matches ignore"} and len(matrices) == 14
+
+
+def test_padding_does_not_count():
+    """Rows with padding give the same weights as the same rows without."""
+    ids = tiny_batches(num=1, rows=1, length=20)[0]["input_ids"]
+    rest = tiny_batches(num=1, rows=1, length=20, seed=5)[0]["input_ids"]
+    padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
+    models = [tiny_model(), tiny_model()]
+    for model, first in zip(models, [{"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}], strict=True):
+        pruner = pruned(model, [first, {"input_ids": rest}], method="wanda", batch_size=1)
+        assert {entry.num_tokens for entry in pruner.report.matrices} == {40}
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a == 0, b == 0)
+
+
+def test_a_mask_of_who_attends_to_whom_is_no_padding():
+    model = tiny_model()
+    ids = tiny_batches(num=1)[0]["input_ids"]
+    causal = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    loader = torch.utils.data.DataLoader([{"input_ids": row, "attention_mask": causal} for row in ids], 2)
+    pruner = pruned(model, loader, method="wanda")
+    assert {entry.num_tokens for entry in pruner.report.matrices} == {ids.numel()}
+
+
+def test_padding_that_cannot_be_told_apart_is_refused():
+    """A layer that sees something else than one vector per token, here only the last token of each row."""
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x[:, -1:]).expand_as(x)
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.mlp\.gate_proj.*without padding"):
+        pruned(model, tiny_batches(padding=True), method="wanda")
+
+
+# Bad input: a clear error, and the model as it was.
+
+
+def test_training_mode():
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        pruned(tiny_model().train())
+
+
+def test_mixed_devices(monkeypatch):
+    model = tiny_model()
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        pruned(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="from_pretrained"):
+        SparsePruner(progress=False).prune("meta-llama/Llama-2-7b")
+
+
+def test_config_and_options_together():
+    with pytest.raises(TypeError, match="either config or options"):
+        SparsePruner(SparseConfig(), sparsity=0.5)
+    with pytest.raises(TypeError, match="from_dict"):
+        SparsePruner({"sparsity": 0.5})
+    with pytest.raises(ValueError, match="did you mean 'sparsity'"):
+        SparsePruner(sparsty=0.5)
+
+
+def test_no_tokenizer_with_text():
+    with pytest.raises(ValueError, match="tokenizer"):
+        pruned(tiny_model(), TEXT)
+
+
+def test_pattern_that_does_not_divide_a_layer():
+    with pytest.raises(
+        ValueError, match=r"Pattern 2:5 does not divide the 32 inputs of model\.layers\.0\.self_attn\.q_proj"
+    ):
+        pruned(tiny_model(), pattern="2:5")
+
+
+def test_targets_that_match_nothing():
+    with pytest.raises(ValueError, match=r"Nothing to prune.*targets=\['qproj'\].*15 .*does not match targets"):
+        pruned(tiny_model(), targets=["qproj"])
+
+
+def test_model_without_matrices():
+    with pytest.raises(ValueError, match=r"no nn\.Linear or Conv1D"):
+        pruned(torch.nn.Sequential(torch.nn.LayerNorm(3)).eval())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_in_weights_names_the_layer(method):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.mlp\.down_proj contain NaN"):
+        pruned(model, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_nan_in_activations_names_the_layer(method, true_sequential):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.mlp\.gate_proj.* contain NaN"):
+        pruned(model, method=method, true_sequential=true_sequential)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_quantized_models_are_refused():
+    model = tiny_model()
+    model.hf_quantizer = type("Q", (), {"quantization_config": type("C", (), {"quant_method": "bitsandbytes"})})()
+    with pytest.raises(ValueError, match="quantized with bitsandbytes"):
+        pruned(model)
+
+
+def test_saving_what_was_not_pruned(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.sparsity_config"):
+        SparsePruner(progress=False).save(tiny_model(), tmp_path)
+
+
+def test_saving_over_the_files_of_an_offloaded_model(tmp_path):
+    pruner, source = SparsePruner(method="magnitude", progress=False), tmp_path / "source"
+    model = tiny_model()
+    pruner.prune(model)
+    pruner.save(model, source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    offloaded = LlamaForCausalLM.from_pretrained(source, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match=r"source holds model\.safetensors, from which this offloaded model"):
+        pruner.save(offloaded, source)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_hessian_that_needs_more_damping_is_reported(caplog):
+    """One token and almost no damping: the factorisation fails until damping is raised, and the report says so."""
+    model = tiny_model()
+    batch = [{"input_ids": torch.tensor([[5, 6]])}]
+    pruner = SparsePruner(method="sparsegpt", dampening_frac=1e-17, num_samples=1, progress=False)
+    pruner.prune(model, dataset=batch)
+    raised = [entry for entry in pruner.report.matrices if entry.notes]
+    assert raised and all(entry.damping > 1e-17 for entry in raised)
+    assert "damping was raised" in caplog.text and "damping was raised" in pruner.report.table()
+
+
+def test_progress_says_what_to_expect_and_what_was_done(capsys):
+    pruner = SparsePruner(method="sparsegpt", num_samples=6)
+    pruner.prune(tiny_model(), dataset=tiny_batches())
+    shown = capsys.readouterr().err
+    assert "14 matrices, 144 calibration tokens: about" in shown and "GiB beyond the model" in shown
+    assert "model.layers.1.mlp.down_proj error" in shown and "total" in shown and "50.00 %" in shown
+
+
+def test_no_progress_is_silent(capsys):
+    pruned(tiny_model())
+    out = capsys.readouterr()
+    assert out.err == "" and out.out == ""
