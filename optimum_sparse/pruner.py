@@ -91,6 +91,8 @@ class SparsePruner:
             else:
                 calibration = load_calibration(self.config, model, tokenizer, dataset)
                 report.calibration = calibration.record
+                # A report is published with the model: no texts and no paths of this machine.
+                report.config["dataset"] = calibration.record["dataset"]
                 if (found := calibration.record["num_samples"]) < self.config.num_samples:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started

@@ -1,0 +1,219 @@
+"""`optimum-cli sparse prune`: the options of `SparseConfig` as command-line options."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from ..config import SparseConfig
+from ..loading import load_model, local_path, read_json
+from . import user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DESCRIPTION = """\
+Prune a causal language model in one shot and save it as an ordinary checkpoint with zeros in it, which loads
+wherever the dense one does. It takes as much disk space and time per token as the dense model.
+
+examples:
+  optimum-cli sparse prune HuggingFaceTB/SmolLM2-135M-Instruct pruned --sparsity 0.5
+  optimum-cli sparse prune ./my-model pruned-2of4 --pattern 2:4 --dataset my-text.txt
+  optimum-cli sparse prune model.gguf pruned --method wanda --dataset self --override 'k_proj=0' 'mlp.*=0.6'
+"""
+
+# Group of each field of SparseConfig; a field that stands nowhere belongs to the last group.
+GROUPS = {
+    "how much": ("sparsity", "pattern", "overrides"),
+    "what": ("targets", "ignore", "block_range"),
+    "calibration": ("dataset", "num_samples", "seqlen", "batch_size", "pack_documents", "seed"),
+    "solver": ("method",),
+}
+
+
+class PruneCommand(BaseOptimumCLICommand):
+    """Prunes a model and saves it."""
+
+    COMMAND = CommandInfo(name="prune", help="Prune a model in one shot and save it.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the options."""
+        parser.formatter_class = RawDescriptionHelpFormatter
+        # Positionals first: after an option that takes several values they would be taken for more of them.
+        parser.usage = "%(prog)s MODEL OUT [options]"
+        parser.description = DESCRIPTION
+        parser.add_argument("model", metavar="MODEL", help="Hub id, folder, or .gguf file of the dense model")
+        parser.add_argument("output", metavar="OUT", help="folder to save the pruned model in")
+
+        listed = {name for names in GROUPS.values() for name in names}
+        groups = {title: parser.add_argument_group(title) for title in GROUPS}
+        for title, names in GROUPS.items():
+            for field in fields(SparseConfig):
+                if field.name in names or (title == "solver" and field.name not in listed):
+                    _add_option(groups[title], field)
+
+        run = parser.add_argument_group("running")
+        run.add_argument(
+            "--config", metavar="FILE.json", help="read these options from a file; those given here win over it"
+        )
+        run.add_argument(
+            "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: the checkpoint's)"
+        )
+        run.add_argument(
+            "--device", default="auto", help="where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+        )
+        output = parser.add_argument_group("output")
+        output.add_argument("--report", metavar="FILE.json", help="write what was done to each matrix to a file")
+        output.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the result too, with a model card")
+
+    def run(self) -> None:
+        """Prune, save, and upload if asked."""
+        with user_errors():
+            prune(self.args)
+
+
+def prune(args: Namespace) -> None:
+    """Do what the command line asks; everything that can be checked early is checked before the long work.
+
+    Raises:
+        ValueError: An option is wrong.
+        OSError: A file cannot be read or written, or the Hub cannot be reached.
+    """
+    config = build_config(args)
+    output = Path(args.output)
+    _check_output(output, local_path(args.model))
+    if args.report:
+        _check_writable(Path(args.report).absolute().parent)
+    if args.push_to_hub:
+        _check_hub_access(args.push_to_hub)
+    device = _device(args.device)
+
+    from ..pruner import SparsePruner
+
+    model, tokenizer = load_model(args.model, args.dtype)
+    pruner = SparsePruner(config)
+    pruner.prune(model.to(device), tokenizer)
+    pruner.save(model, output, tokenizer=tokenizer)
+    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+    if args.report:
+        assert pruner.report is not None
+        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+        pruner.report.to_json(args.report)
+        print(f"Report: {args.report}")
+    if args.push_to_hub:
+        print(f"Uploaded to {pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer)}")
+
+
+def build_config(args: Namespace) -> SparseConfig:
+    """The configuration of a command line: the file of `--config`, overruled by what was given explicitly."""
+    given = {field.name: getattr(args, field.name) for field in fields(SparseConfig) if hasattr(args, field.name)}
+    from_file = read_json(Path(args.config)) if args.config else {}
+    # A sparsity and a pattern determine each other: the one that was given replaces both of the file.
+    if "sparsity" in given or "pattern" in given:
+        from_file = {name: value for name, value in from_file.items() if name not in ("sparsity", "pattern")}
+    return SparseConfig.from_dict({**from_file, **given})
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Read `MATCH=0.6` or `MATCH=2:4` as an entry of `SparseConfig.overrides`."""
+    match, equals, value = text.rpartition("=")
+    if not equals or not match:
+        raise ArgumentTypeError(f"{text!r} is not like 'mlp.*=0.6' or 'k_proj=2:4'")
+    if ":" in value:
+        return {"match": match, "pattern": value}
+    try:
+        return {"match": match, "sparsity": float(value)}
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"{value!r} in {text!r} is neither a sparsity like 0.6 nor a pattern like 2:4"
+        ) from error
+
+
+def _add_option(group: Any, field: Field) -> None:
+    hint = get_type_hints(SparseConfig)[field.name]
+    help_text = field.metadata["help"]
+    if "(default" not in help_text:
+        help_text += f" (default: {_shown(field.default)})"
+    flag, options = f"--{field.name.replace('_', '-')}", _kind_of_option(hint)
+    if field.name == "overrides":
+        flag, options = "--override", {"nargs": "+", "action": "extend", "type": parse_override}
+    metavar = field.metadata["metavar"]
+    if metavar:
+        options["metavar"] = tuple(metavar.split()) if options.get("nargs") == 2 else metavar
+    group.add_argument(flag, dest=field.name, default=SUPPRESS, help=help_text.replace("%", "%%"), **options)
+
+
+def _kind_of_option(hint: Any) -> dict[str, Any]:
+    """The argparse options that read a value of the type `hint` of a field."""
+    if hint is bool:
+        return {"action": BooleanOptionalAction}
+    # Of `int | None` or `str | list[str]` the first is what fits on a command line.
+    members = get_args(hint)
+    if hint == tuple[str, ...]:
+        return {"nargs": "+", "action": "extend", "metavar": "NAME"}
+    if tuple[int, int] in members:
+        return {"nargs": 2, "type": int}
+    return {"type": members[0] if members else hint}
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return " ".join(default) or "none"
+    return str(default)
+
+
+def _check_output(output: Path, source: Path | None) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
+    if source is not None and output.exists() and output.samefile(source):
+        raise ValueError(f"OUT is MODEL ({output}): give another folder, the dense model is not overwritten.")
+    _check_writable(output)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise an `OSError` unless files can be written in `folder`, or in the folder where it would be created."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, since {existing} is a file: give another path.")
+    with tempfile.TemporaryFile(dir=existing):
+        pass
+
+
+def _check_hub_access(repo_id: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    if get_token() is None:
+        raise ValueError("--push-to-hub needs a Hub access token: log in with `hf auth login`, or set HF_TOKEN.")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is no device that torch knows: use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device

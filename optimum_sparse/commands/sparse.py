@@ -1,0 +1,16 @@
+"""`optimum-cli sparse`, the parent of the commands."""
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .inspect import InspectCommand
+from .prune import PruneCommand
+
+
+class SparseCommand(BaseOptimumCLICommand):
+    """Shows the help of the commands below it."""
+
+    COMMAND = CommandInfo(name="sparse", help="Prune language models and look at pruned ones.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in (PruneCommand, InspectCommand)
+    )

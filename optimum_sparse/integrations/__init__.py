@@ -1,0 +1,1 @@
+"""What connects the library to transformers and to the Hub."""

@@ -1,0 +1,231 @@
+"""Load a dense model and its tokenizer from the Hub, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# A folder with none of these has no tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_model(
+    source: str | os.PathLike, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model to prune.
+
+    Args:
+        source: A Hub id, a folder that `save_pretrained` wrote, or a `.gguf` file, which is dequantised.
+        dtype: A floating-point type or its name; `"auto"` is the type of the checkpoint, bfloat16 for GGUF.
+
+    Returns:
+        The model in evaluation mode on the CPU, and its tokenizer, or `None` if there are no tokenizer files.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or Hub model.
+        ConnectionError: The model is not in the local cache and the Hub cannot be reached.
+        ValueError: The checkpoint is quantised, is an adapter, or lacks weights.
+    """
+    path = local_path(source)
+    if path is not None and path.is_file():
+        return _load_gguf(path, dtype)
+    from transformers import AutoModelForCausalLM
+
+    name = str(path or source)
+    with hub_errors(name):
+        config_file = find_file(name, "config.json")
+        if config_file is None:
+            raise FileNotFoundError(_no_config(name, path))
+        check_not_quantized(name, config_file)
+        # The cache names the folder of a snapshot after its commit.
+        revision = None if path else config_file.parent.name
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}, which would be "
+            "random: give a complete checkpoint in the layout of `save_pretrained`."
+        )
+    model.config._commit_hash = revision
+    return model, load_tokenizer(name, revision)
+
+
+def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder (`revision=None`) or Hub model; `None` if it has no tokenizer files."""
+    from transformers import AutoTokenizer
+
+    with hub_errors(name):
+        if not any(find_file(name, file, revision) for file in TOKENIZER_FILES):
+            logger.warning("%s has no tokenizer files.", name)
+            return None
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+
+
+def find_file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """Path of the file `name` of a folder or Hub model, downloaded if need be; `None` if it has no such file.
+
+    Raises:
+        OSError: As huggingface_hub does if the Hub model cannot be reached; see `hub_errors`.
+    """
+    if os.path.isdir(source):
+        path = Path(source, name)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError as error:
+        # A known revision is in the cache. Offline, a file that is not there counts as one that the model lacks.
+        if isinstance(error, LocalEntryNotFoundError) and revision is None:
+            raise
+        return None
+
+
+def local_path(source: str | os.PathLike) -> Path | None:
+    """The existing file or folder `source`, or `None` if it can only be a Hub id.
+
+    Raises:
+        FileNotFoundError: `source` does not exist and is not like a Hub id.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"There is no file or folder {str(source)!r}: check the path, or give a Hub id.")
+    return None
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    """Say what to do when the Hub model `source` cannot be had."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{source!r} is gated: accept its terms on its Hub page, then log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no folder {source!r} and no model of this name on the Hub: check the spelling; if the model is "
+            "private, log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"There is no folder {source!r}, no model of this name in the local cache, and the Hub cannot be reached: "
+            "check the connection (and that HF_HUB_OFFLINE is not set), or give the path of a local folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        ValueError: The file is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
+    return content
+
+
+def snapshot_revision(folder: Path) -> str | None:
+    """The revision whose files the Hub cache keeps in `folder`, or `None` if it is another folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def check_not_quantized(source: str, config_file: Path) -> None:
+    """Refuse a checkpoint whose config.json says that it is quantised.
+
+    Raises:
+        ValueError: It has a `quantization_config`.
+    """
+    quantization = read_json(config_file).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{source} carries a quantization_config ({method}): quantised weights cannot be pruned. Give the dense "
+            "checkpoint that it was made from, and quantise after pruning."
+        )
+
+
+def _no_config(name: str, folder: Path | None) -> str:
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        return f"{name} is a PEFT adapter: merge it into its base model (`merge_and_unload`), save that and prune it."
+    if folder is not None and (files := sorted(file.name for file in folder.glob("*.gguf"))):
+        return f"{name} has no config.json, but GGUF files: give one of them, e.g. {os.path.join(name, files[0])}."
+    return f"{name} has no config.json: give a model that transformers can load."
+
+
+def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("Reading .gguf files needs one more package: pip install 'optimum-sparse[gguf]'.")
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} is a file, but not a .gguf file: give the folder of the model, or a Hub id.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file, whatever its name says: download it again.")
+    folder = str(path.parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=path.name,
+        dtype="bfloat16" if dtype == "auto" else dtype,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # The reader puts these in the configuration; they are no options of the model.
+    for stray in ("_model_name_or_path", "unk_token_id"):
+        model.config.__dict__.pop(stray, None)
+    model.name_or_path = model.config.name_or_path = str(path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    if _gguf_pre_tokenizer(path) == "smollm":
+        _split_digits(tokenizer)
+    return model, tokenizer
+
+
+def _gguf_pre_tokenizer(path: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else field.contents()
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give SmolLM's tokenizer back the splitting of digits, which transformers' GGUF reader drops."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )

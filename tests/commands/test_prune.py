@@ -1,0 +1,280 @@
+"""`optimum-cli sparse prune`: every option arrives, the result is what the library gives, errors are one line."""
+
+import dataclasses
+import json
+import logging
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_sparse.commands.prune import PruneCommand, build_config
+from optimum_sparse.config import SparseConfig
+from optimum_sparse.loading import load_model
+from optimum_sparse.pruner import SparsePruner
+
+from ..checkpoints import save_tiny, tiny_tokenizer, write_text
+from .cli import sparse
+
+# What someone types to set each field, and the value that it must get.
+EVERY_FIELD = {
+    "method": ("--method wanda", "wanda"),
+    "sparsity": ("--sparsity 0.7", 0.7),
+    "pattern": ("--pattern 1:4", "1:4"),
+    "dataset": ("--dataset my.txt", "my.txt"),
+    "num_samples": ("--num-samples 7", 7),
+    "seqlen": ("--seqlen 99", 99),
+    "batch_size": ("--batch-size 3", 3),
+    "pack_documents": ("--no-pack-documents", False),
+    "seed": ("--seed 5", 5),
+    "targets": ("--targets q_proj mlp.* --targets k_proj", ("q_proj", "mlp.*", "k_proj")),
+    "ignore": ("--ignore lm_head layers.0.*", ("lm_head", "layers.0.*")),
+    "overrides": (
+        "--override k_proj=2:4 mlp.*=0.6 --override v_proj=0",
+        (
+            {"match": "k_proj", "pattern": "2:4"},
+            {"match": "mlp.*", "sparsity": 0.6},
+            {"match": "v_proj", "sparsity": 0.0},
+        ),
+    ),
+    "block_range": ("--block-range 1 3", (1, 3)),
+    "block_size": ("--block-size 64", 64),
+    "dampening_frac": ("--dampening-frac 0.1", 0.1),
+    "true_sequential": ("--no-true-sequential", False),
+    "comparison_group": ("--method wanda --comparison-group layer", "layer"),
+}
+
+
+def config_of(command_line: str) -> SparseConfig:
+    parser = ArgumentParser()
+    PruneCommand.parse_args(parser)
+    return build_config(parser.parse_args(["MODEL", "OUT", *command_line.split()]))
+
+
+def error_of(capsys: pytest.CaptureFixture) -> str:
+    """The message of a command that failed as it should."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "squares.txt")
+
+
+def test_the_table_above_has_every_field():
+    assert list(EVERY_FIELD) == [field.name for field in dataclasses.fields(SparseConfig)]
+
+
+@pytest.mark.parametrize("field", EVERY_FIELD)
+def test_every_field_can_be_set(field: str):
+    command_line, value = EVERY_FIELD[field]
+    assert getattr(config_of(command_line), field) == value
+    assert value != getattr(SparseConfig(), field)
+
+
+def test_no_options_are_the_defaults():
+    assert config_of("") == SparseConfig()
+
+
+@pytest.mark.parametrize("value", ["mlp", "=0.5", "mlp=half", "mlp="])
+def test_bad_override(value: str, capsys: pytest.CaptureFixture):
+    assert sparse("prune", "MODEL", "OUT", "--override", value) == 2
+    assert "argument --override: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture):
+    assert sparse("prune", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(SparseConfig):
+        assert field.metadata["help"] in text
+    for shown in ("MODEL", "OUT", "(default: 128)", "(default: sparsegpt)", "(default: yes)", "--no-true-sequential"):
+        assert shown in text
+    assert "default: None" not in text
+
+
+def test_config_file_and_options(tmp_path: Path):
+    file = tmp_path / "config.json"
+    SparseConfig(pattern="2:4", num_samples=9, targets=["mlp.*"], dataset=["one text", "two"]).to_json_file(file)
+    assert config_of(f"--config {file}") == SparseConfig.from_json_file(file)
+    # The file says sparsity 0.5 as well, which is what 2:4 implies; 1:4 implies another one.
+    mixed = config_of(f"--config {file} --pattern 1:4 --targets q_proj")
+    assert (mixed.pattern, mixed.sparsity, mixed.targets, mixed.num_samples) == ("1:4", 0.75, ("q_proj",), 9)
+    unstructured = config_of(f"--config {file} --sparsity 0.6")
+    assert (unstructured.pattern, unstructured.sparsity) == (None, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{sparsity: 0.5}", "is not valid JSON"),
+        ("[0.5]", "must hold a JSON object"),
+        ('{"sparsty": 0.5}', "Unknown option 'sparsty': did you mean 'sparsity'?"),
+        ('{"sparsity": "half"}', "sparsity must be a number"),
+        ('{"targets": 5}', "targets must be a list"),
+    ],
+)
+def test_bad_config_file(content: str, message: str, tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    assert sparse("prune", dense, tmp_path / "out", "--config", file) == 2
+    assert message in error_of(capsys)
+
+
+def test_magnitude(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "new" / "out"
+    assert sparse("prune", dense, out, "--method", "magnitude", "--sparsity", "0.75") == 0
+    assert f"Saved to {out}" in capsys.readouterr().out
+    pruned, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, dense))
+    weight, original = (m.model.layers[1].mlp.up_proj.weight for m in (pruned, before))
+    smallest_kept = weight[weight != 0].abs().min()
+    assert (weight == 0).sum() == 0.75 * weight.numel()
+    assert (original[weight == 0].abs() <= smallest_kept).all()
+    assert torch.equal(weight[weight != 0], original[weight != 0])
+    assert AutoTokenizer.from_pretrained(out)("x^2").input_ids == tiny_tokenizer()("x^2").input_ids
+    assert sparse("inspect", out) == 0
+
+
+def test_many_options_give_what_the_library_gives(dense: Path, text: Path, tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"method": "wanda", "seqlen": 32, "num_samples": 99}))
+    options = "--method sparsegpt --pattern 2:4 --num-samples 6 --batch-size 4 --seed 3 --no-true-sequential"
+    overrides = ["--override", "down_proj=0.25", "--override", "k_proj=0", "--ignore", "lm_head", "layers.0.mlp.*"]
+    outputs = ["--report", tmp_path / "reports" / "report.json", "--dtype", "bfloat16", "--device", "cpu"]
+    arguments = ["--config", file, *options.split(), *overrides, "--dataset", text, *outputs]
+    assert sparse("prune", dense, tmp_path / "out", *arguments) == 0
+
+    model, tokenizer = load_model(dense, "bfloat16")
+    config = SparseConfig(
+        pattern="2:4",
+        seqlen=32,
+        num_samples=6,
+        batch_size=4,
+        seed=3,
+        true_sequential=False,
+        dataset=str(text),
+        ignore=("lm_head", "layers.0.mlp.*"),
+        overrides=({"match": "down_proj", "sparsity": 0.25}, {"match": "k_proj", "sparsity": 0.0}),
+    )
+    expected = SparsePruner(config, progress=False).prune(model, tokenizer)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.dtype == torch.bfloat16
+    assert saved.config.sparsity_config == expected.config.sparsity_config
+    assert saved.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor), name
+    report = json.loads((tmp_path / "reports" / "report.json").read_text())
+    assert {matrix["name"] for matrix in report["matrices"]} >= {"model.layers.1.mlp.down_proj"}
+    assert sparse("inspect", tmp_path / "out") == 0
+
+
+@pytest.mark.slow
+def test_gguf(smollm2_gguf: Path, tmp_path: Path):
+    calibration = ["--dataset", "self", "--num-samples", "2", "--seqlen", "32"]
+    options = ["--method", "wanda", *calibration, "--block-range", "28", "30"]
+    assert sparse("prune", smollm2_gguf, tmp_path, *options, "--ignore", "o_proj") == 0
+    model, tokenizer = load_model(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.tokenize("  12") == ["ĠĠ", "1", "2"]
+    metadata = model.config.sparsity_config
+    assert metadata["base_model"] == smollm2_gguf.name
+    assert {name.split(".")[2] for name in metadata["matrices"]} == {"{28-29}"}
+    assert metadata["achieved_sparsity"] == pytest.approx(0.5, abs=0.001)
+    assert sparse("inspect", tmp_path) == 0
+
+
+def test_model_without_tokenizer(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_tiny(tmp_path / "dense", tokenizer=False)
+    assert sparse("prune", tmp_path / "dense", tmp_path / "out", "--dataset", text) == 2
+    assert "tokenizer" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    assert sparse("prune", tmp_path / "dense", tmp_path / "out", "--method", "magnitude") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "OUT"], "There is no folder 'nowhere'"),
+        (["./nowhere", "OUT"], "There is no file or folder './nowhere'"),
+        (["DENSE", "DENSE"], "OUT is MODEL"),
+        (["DENSE", "DENSE/../dense"], "OUT is MODEL"),
+        (["DENSE", "DENSE/config.json"], "OUT must be a folder"),
+        (["DENSE", "DENSE/config.json/out"], "config.json/out cannot be a folder"),
+        (["DENSE/config.json", "OUT"], "is a file, but not a .gguf file"),
+        (["DENSE", "OUT", "--sparsity", "1.5"], "sparsity must be a number with 0 <= sparsity < 1, got 1.5"),
+        (["DENSE", "OUT", "--method", "sparsgpt"], "did you mean 'sparsegpt'"),
+        (["DENSE", "OUT", "--pattern", "2:3", "--method", "magnitude"], "does not divide"),
+        (["DENSE", "OUT", "--targets", "nothing", "--method", "magnitude"], "Nothing to prune"),
+        (["DENSE", "OUT", "--config", "none.json"], "none.json"),
+        (["DENSE", "OUT", "--report", "DENSE/config.json/report.json"], "config.json cannot be a folder"),
+        (["DENSE", "OUT", "--device", "abacus"], "--device 'abacus' is no device that torch knows"),
+        (["DENSE", "OUT", "--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["DENSE", "OUT", "--push-to-hub", "a/b/c"], "Repo id must be"),
+        (["DENSE", "OUT", "--push-to-hub", "me/x"], "--push-to-hub needs a Hub access token"),
+        (["DENSE", "OUT", "--dataset", "none.txt"], "none.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors(
+    arguments: list[str],
+    message: str,
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    before = {path: path.read_bytes() for path in dense.iterdir()}
+    assert sparse("prune", *(a.replace("DENSE", str(dense)) for a in arguments)) == 2
+    assert message in error_of(capsys)
+    assert {path: path.read_bytes() for path in dense.iterdir()} == before
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_that_cannot_be_written(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    tmp_path.chmod(0o500)
+    assert sparse("prune", dense, tmp_path / "out") == 2
+    assert "Permission denied" in error_of(capsys)
+
+
+def test_missing_arguments(capsys: pytest.CaptureFixture):
+    assert sparse("prune") == 2
+    usage, error = capsys.readouterr().err.strip().splitlines()
+    assert usage == "usage: optimum-cli sparse prune MODEL OUT [options]"
+    assert "the following arguments are required: MODEL, OUT" in error
+
+
+def test_the_traceback_of_an_error_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.DEBUG, logger="optimum_sparse"):
+        assert sparse("prune", "./nowhere", tmp_path / "out") == 2
+    assert any("FileNotFoundError" in str(record.exc_info) for record in caplog.records)
+
+
+def test_interruption(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparsePruner, "prune", interrupted)
+    assert sparse("prune", dense, tmp_path / "out") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_is_not_taken_for_a_user_error(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SparsePruner, "prune", lambda *_: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        sparse("prune", dense, tmp_path / "out")
