@@ -139,6 +139,7 @@ class _TorchState:
         autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _devices()
         ]
+        self.inference = torch.is_inference_mode_enabled()
         self.values = [torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), autocast]
 
     def restore(self) -> None:
@@ -156,10 +157,13 @@ class _Swapped:
 
     def __enter__(self) -> _TorchState:
         self._outer = _TorchState()
+        self._inference = torch.inference_mode(self._state.inference)
+        self._inference.__enter__()
         self._state.restore()
         return self._state
 
     def __exit__(self, *exception: object) -> None:
+        self._inference.__exit__(None, None, None)
         self._outer.restore()
 
 
@@ -176,11 +180,13 @@ class Trace(Generic[Owner]):
         groups: Owners whose modules ran once, in order; those that received the same tensor are together.
         repeated: Owners whose modules ran more than once.
         unused: Owners whose modules did not run.
+        users: The module through which each owner ran, for those with several.
     """
 
     groups: list[list[Owner]]
     repeated: list[Owner]
     unused: list[Owner]
+    users: dict[Owner, nn.Module]
 
 
 def trace(forward: Callable[[Any], Any], batches: Iterable[Any], owners: Mapping[nn.Module, Owner]) -> Trace[Owner]:
@@ -195,9 +201,10 @@ def trace(forward: Callable[[Any], Any], batches: Iterable[Any], owners: Mapping
     """
     everyone = dict.fromkeys(owners.values())
     counts: Counter[Owner] = Counter()
+    users: dict[Owner, nn.Module] = {}
     groups: list[list[Owner]] = []
     for batch in batches:
-        uses = _uses(forward, batch, owners)
+        uses = _uses(forward, batch, owners, users)
         counts |= Counter(owner for owner, _ in uses)
         _merge(groups, uses)
         if len(counts) == len(everyone):
@@ -207,11 +214,12 @@ def trace(forward: Callable[[Any], Any], batches: Iterable[Any], owners: Mapping
         groups=[group for group in once if group],
         repeated=[owner for owner in everyone if counts[owner] > 1],
         unused=[owner for owner in everyone if counts[owner] == 0],
+        users=users,
     )
 
 
 def _uses(
-    forward: Callable[[Any], Any], batch: Any, owners: Mapping[nn.Module, Owner]
+    forward: Callable[[Any], Any], batch: Any, owners: Mapping[nn.Module, Owner], users: dict[Owner, nn.Module]
 ) -> list[tuple[Owner, Hashable]]:
     """Whose modules ran, in order, with a key that tells whether they received the same tensor."""
     uses: list[tuple[Owner, Hashable]] = []
@@ -220,6 +228,7 @@ def _uses(
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = module_input(args, kwargs)
         alive.append(inputs)
+        users[owners[module]] = module
         uses.append((owners[module], _input_key(inputs)))
 
     handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in owners]
@@ -256,4 +265,5 @@ def _input_key(inputs: torch.Tensor) -> Hashable:
     """Equal for two live tensors only if they hold the same rows: the same memory, not written to in between."""
     if inputs.numel() == 0:
         return object()  # empty tensors have no memory of their own
-    return inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs.stride(), inputs._version
+    version = 0 if inputs.is_inference() else inputs._version
+    return inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs.stride(), version

@@ -54,14 +54,17 @@ class PruningRun:
         done = {entry.name for entry in self.report.matrices}
         for matrix in matrices:
             if matrix.name not in done:
-                self.report.skipped[matrix.name] = "did not run on the calibration data"
+                self.report.skipped[matrix.name] = "did not run on the calibration data, or only past its first tokens"
 
     def solve(self, group: Sequence[PrunableMatrix], statistics: Statistics | None, seconds: float = 0.0) -> None:
         """Prune matrices that share their inputs, write them, and report."""
         started = time.perf_counter()
         for pattern in dict.fromkeys(matrix.pattern for matrix in group):
             stack = [matrix for matrix in group if matrix.pattern == pattern]
-            for matrix, solution, error in zip(stack, *self._solve_stack(stack, statistics), strict=True):
+            # The caller may have autocast on for the model's sake; the solver works in fp32.
+            with torch.autocast(stack[0].parameter.device.type, enabled=False):
+                solutions, errors = self._solve_stack(stack, statistics)
+            for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                 matrix.write(solution.weight)
                 spent = (time.perf_counter() - started + seconds) / len(group)
                 self._report(matrix, solution, error, statistics, spent)
@@ -151,7 +154,7 @@ class PruningRun:
 
     def _by_group(self, plan: Trace[PrunableMatrix]) -> None:
         """Fully sequential: stop wherever matrices receive a new input."""
-        groups = {group[0].modules[0]: group for group in plan.groups}
+        groups = {plan.users[group[0]]: group for group in plan.groups}
         with Lockstep(self.forward, self.batches, list(groups)) as lockstep:
             for stop, calls in lockstep:
                 group = groups[stop]
@@ -164,10 +167,13 @@ class PruningRun:
 
     def _by_block(self, model: nn.Module, plan: Trace[PrunableMatrix]) -> None:
         """As the papers' code: all matrices of a block see the inputs they have before any of them is pruned."""
+        names = dict.fromkeys(matrix.block for group in plan.groups for matrix in group)
+        within = {module: name for name in names for module in model.get_submodule(name).modules()}
         blocks: dict[str, list[Sequence[PrunableMatrix]]] = {}
         for group in plan.groups:
-            for block in dict.fromkeys(matrix.block for matrix in group):
-                blocks.setdefault(block, []).append([matrix for matrix in group if matrix.block == block])
+            for block in dict.fromkeys(within[plan.users[matrix]] for matrix in group):
+                members = [matrix for matrix in group if within[plan.users[matrix]] == block]
+                blocks.setdefault(block, []).append(members)
         stops = {model.get_submodule(name): groups for name, groups in blocks.items()}
         with Lockstep(self.forward, self.batches, list(stops)) as lockstep:
             for stop, calls in lockstep:
@@ -175,8 +181,9 @@ class PruningRun:
                 for call in calls:
                     with collector.watching(call.batch):
                         lockstep.run_stop(call, stop)
-                for members, statistics, seconds in collector.results():
-                    self.solve(members, statistics, seconds)
+                for alike, statistics, seconds in collector.results():
+                    if statistics.num_tokens:
+                        self.solve(alike, statistics, seconds)
 
     def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
         """Empty statistics for the inputs of a matrix."""
@@ -258,7 +265,7 @@ def _forward(model: PreTrainedModel) -> Callable[[Mapping[str, Any]], None]:
 
 
 def _shortened(batch: Mapping[str, Any], length: int = 256) -> dict[str, Any]:
-    """The start of the first row of a batch of tokens, to probe with; batches of other things as they are."""
+    """The start of a batch of tokens, to probe with; batches of other things as they are."""
     if not set(batch) <= {"input_ids", "attention_mask"}:
         return dict(batch)
-    return {name: value[:1, :length] for name, value in batch.items()}
+    return {name: value[:, :length] for name, value in batch.items()}

