@@ -75,7 +75,8 @@ def find_matrices(model: nn.Module, config: SparseConfig) -> tuple[list[Prunable
         config: Names, overrides, block range and pattern.
 
     Returns:
-        The matrices, in the order of `named_modules`, and for each linear layer that stays dense the reason.
+        The matrices, in the order of `named_modules`, and for each linear layer and each parameter with more than two
+        dimensions that stays dense the reason.
 
     Raises:
         ValueError: Nothing matches, or a pattern does not divide a matrix.
@@ -116,6 +117,9 @@ def find_matrices(model: nn.Module, config: SparseConfig) -> tuple[list[Prunable
             matrices.append(matrix)
             continue
         skipped.update((n, reason) for n, _ in users)
+    # Fused experts, convolutions and the like: what stays dense is named.
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if parameter.ndim > 2}
+    skipped.update((name, f"is no matrix but a tensor of shape {shape}") for name, shape in shapes.items())
     if not matrices:
         _raise_nothing_left(model, config, skipped)
     return matrices, skipped

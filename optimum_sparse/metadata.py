@@ -147,6 +147,7 @@ def sparsity_config(
         "seed": config.seed,
         "calibration_sha256": seen.get("sha256"),
         "num_tokens": seen.get("num_tokens"),
+        **({"generation": seen["generation"]} if "generation" in seen else {}),
         "versions": {
             "optimum_sparse": __version__,
             "torch": importlib.metadata.version("torch"),

@@ -96,7 +96,7 @@ class SparsePruner:
                 if (found := calibration.record["num_samples"]) < self.config.num_samples:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
-                run.calibrated(model, matrices, calibration)
+                run.prune_calibrated(model, matrices, calibration)
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
             pruned = {matrix.name for matrix in report.matrices}
@@ -194,6 +194,13 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"model must be a loaded model, got {model!r}: call AutoModelForCausalLM.from_pretrained first."
         )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled, so its layers cannot be watched: prune it before torch.compile.")
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"The model carries adapters ({', '.join(map(str, model.peft_config))}): prune the model without them, or "
+            "merge them first with merge_and_unload()."
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         method = getattr(quantizer.quantization_config, "quant_method", None)
@@ -209,6 +216,10 @@ def _check_model(model: Any) -> None:
         raise ValueError(
             "Some weights are offloaded or not loaded (on the meta device): load the model without offloading to disk"
             ", e.g. device_map='cpu'."
+        )
+    if any(device.type == "mps" for device in devices):
+        raise ValueError(
+            "Apple's mps device has no float64, which SparseGPT needs: move the model with model.to('cpu')."
         )
     if len(devices) > 1 and not hasattr(model, "hf_device_map"):
         raise ValueError(

@@ -25,6 +25,10 @@ from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
+# Stacks of up to this many weights are solved on one CPU thread. Sharing out operations of a few microseconds gains
+# little, and costs milliseconds each as soon as another process holds one of the cores.
+ONE_THREAD = 2**22
+
 
 class PruningRun:
     """One pruning run: how statistics are collected, and what is done with them."""
@@ -35,7 +39,9 @@ class PruningRun:
         self.progress = progress
         self.method = METHODS[config.method]
 
-    def calibrated(self, model: PreTrainedModel, matrices: list[PrunableMatrix], calibration: Calibration) -> None:
+    def prune_calibrated(
+        self, model: PreTrainedModel, matrices: list[PrunableMatrix], calibration: Calibration
+    ) -> None:
         """Prune with calibration data."""
         self.batches = calibration.batches
         self.forward = _forward(model)
@@ -62,7 +68,7 @@ class PruningRun:
         for pattern in dict.fromkeys(matrix.pattern for matrix in group):
             stack = [matrix for matrix in group if matrix.pattern == pattern]
             # The caller may have autocast on for the model's sake; the solver works in fp32.
-            with torch.autocast(stack[0].parameter.device.type, enabled=False):
+            with torch.autocast(stack[0].parameter.device.type, enabled=False), _threads_for(stack):
                 solutions, errors = self._solve_stack(stack, statistics)
             for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                 matrix.write(solution.weight)
@@ -202,7 +208,8 @@ class PruningRun:
                     f"mask of shape {tuple(mask.shape)}: pass calibration data without padding."
                 )
             flat = flat[mask.reshape(-1).bool().to(flat.device)]
-        statistics.add(flat)
+        # Between the devices of a device_map, inputs are moved only once the layer's own forward begins.
+        statistics.add(flat.to(matrix.parameter.device))
 
     def spend(self, phase: str, seconds: float) -> None:
         """Add to the time of a phase."""
@@ -250,6 +257,18 @@ class _Collector:
         """Each group, its statistics and the seconds they took; the collector lets go of them."""
         for group, seconds in zip(self._groups, self._seconds, strict=True):
             yield group, self._statistics.pop(0), seconds
+
+
+@contextmanager
+def _threads_for(stack: Sequence[PrunableMatrix]) -> Iterator[None]:
+    """As many CPU threads as solving the stacked matrices can use."""
+    threads = torch.get_num_threads()
+    if sum(matrix.parameter.numel() for matrix in stack) <= ONE_THREAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _forward(model: PreTrainedModel) -> Callable[[Mapping[str, Any]], None]:

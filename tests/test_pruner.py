@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -213,10 +214,25 @@ def test_training_mode():
         pruned(tiny_model().train())
 
 
-def test_mixed_devices(monkeypatch):
+def test_offloaded_weights():
     model = tiny_model()
     model.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="meta device"):
+        pruned(model)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (["cpu", "cuda:0"], r"spread over cpu, cuda:0: move it to one device"),
+        (["mps"], r"no float64.*model\.to\('cpu'\)"),
+    ],
+)
+def test_devices_that_cannot_be_used(devices, message, monkeypatch):
+    model = tiny_model()
+    elsewhere = [types.SimpleNamespace(device=torch.device(name)) for name in devices]
+    monkeypatch.setattr(model, "parameters", lambda: iter(elsewhere))
+    with pytest.raises(ValueError, match=message):
         pruned(model)
 
 
@@ -276,6 +292,18 @@ def test_nan_in_activations_names_the_layer(method, true_sequential):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_models_with_adapters_are_refused():
+    model = tiny_model()
+    model.peft_config = {"default": object()}
+    with pytest.raises(ValueError, match=r"adapters \(default\).*merge_and_unload"):
+        pruned(model)
+
+
+def test_compiled_models_are_refused():
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        pruned(torch.compile(tiny_model(), backend="eager"))
+
+
 def test_quantized_models_are_refused():
     model = tiny_model()
     model.hf_quantizer = type("Q", (), {"quantization_config": type("C", (), {"quant_method": "bitsandbytes"})})()
@@ -298,6 +326,27 @@ def test_saving_over_the_files_of_an_offloaded_model(tmp_path):
     with pytest.raises(ValueError, match=r"source holds model\.safetensors, from which this offloaded model"):
         pruner.save(offloaded, source)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_model_loaded_from_gguf_can_be_pruned_and_saved(smollm2_gguf, tmp_path):
+    """As transformers loads it on its own: with a quantizer attached, which refuses to save."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name, dtype=torch.bfloat16
+    )
+    pruner = pruned(model, method="magnitude", pattern="2:4")
+    pruner.save(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert pruner.report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_tensors_with_more_dimensions_are_named():
+    model = tiny_model()
+    model.model.layers[0].experts = torch.nn.Parameter(torch.ones(4, 8, 32))
+    skipped = pruned(model, method="magnitude").report.skipped
+    assert skipped["model.layers.0.experts"] == "is no matrix but a tensor of shape [4, 8, 32]"
 
 
 def test_a_hessian_that_needs_more_damping_is_reported(caplog):

@@ -1,0 +1,135 @@
+"""Perplexities of the methods beside those of the papers' own code on the same model, windows and text.
+
+SmolLM2-135M-Instruct in bfloat16; calibration on the first 16 windows of 2,048 tokens of WikiText-2 raw validation,
+perplexity over the first 20 of test. Ends with status 1 if a figure is out of its bounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from common import SEQLEN, arguments, calibration_windows, machine, smollm2, wikitext, write_json
+
+from optimum_sparse import SparsePruner
+from optimum_sparse.evaluation import perplexity, wikitext_tokens
+from optimum_sparse.loading import load_model
+
+CALIBRATION_WINDOWS = 16
+EVALUATION_WINDOWS = 20
+TOLERANCE = 0.015
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure to reproduce.
+
+    Attributes:
+        name: What `--only` selects.
+        reference: Perplexity with the authors' solver, in their order: two forwards per block.
+        options: Of `SparseConfig`; empty is the dense model.
+        may_be_better: Only a worse figure is a failure.
+    """
+
+    name: str
+    reference: float
+    options: dict[str, Any] = field(default_factory=dict)
+    may_be_better: bool = False
+
+    def within(self, ratio: float) -> bool:
+        """Whether measured / reference is in its bounds; a perplexity that is not a number is not."""
+        return ratio <= 1 + TOLERANCE and (self.may_be_better or ratio >= 1 - TOLERANCE)
+
+
+def _rows() -> list[Row]:
+    rows = [Row("dense", 20.97)]
+    for name, target, magnitude, wanda, sparsegpt in (
+        ("50", {"sparsity": 0.5}, 561.7, 43.86, 36.77),
+        ("2:4", {"pattern": "2:4"}, 1896.0, 144.6, 62.24),
+    ):
+        rows.append(Row(f"magnitude {name}", magnitude, {"method": "magnitude", **target}))
+        for method, reference in (("wanda", wanda), ("sparsegpt", sparsegpt)):
+            options = {"method": method, **target}
+            rows.append(Row(f"{method} {name} by block", reference, {**options, "true_sequential": False}))
+            rows.append(Row(f"{method} {name} sequential", reference, {**options, "true_sequential": True}, True))
+    reference = {"method": "sparsegpt-reference", "sparsity": 0.5, "true_sequential": False}
+    rows.append(Row("sparsegpt-reference 50 by block", 36.77, reference))
+    return rows
+
+
+ROWS = _rows()
+
+
+def main() -> None:
+    """Measure the rows asked for, print them as they come, write JSON."""
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a row, or a pattern like 'wanda*'; repeatable"
+    )
+    args = parser.parse_args()
+    rows = select(args.only)
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(smollm2())
+    windows = calibration_windows(args.data, tokenizer, CALIBRATION_WINDOWS)
+    text = wikitext_tokens(wikitext(args.data, "test"), tokenizer)
+
+    print(f"{'':<32} {'measured':>9} {'reference':>9} {'ratio':>7}  {'within':<6} {'prune s':>8} {'eval s':>7}")
+    results = [measure(row, model, windows, text) for row in rows]
+    settings = {
+        "calibration_windows": CALIBRATION_WINDOWS,
+        "seqlen": SEQLEN,
+        "evaluation_windows": EVALUATION_WINDOWS,
+        "tolerance": TOLERANCE,
+    }
+    write_json(args.json, {"machine": machine(args.threads), "settings": settings, "rows": results})
+    failures = [result["name"] for result in results if not result["within"]]
+    if failures:
+        sys.exit(f"out of bounds: {', '.join(failures)}")
+
+
+def select(patterns: list[str] | None) -> list[Row]:
+    """The rows whose names match one of the patterns; all without patterns."""
+    chosen = [row for row in ROWS if not patterns or any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise SystemExit(f"No row matches {patterns}; there are: {', '.join(row.name for row in ROWS)}.")
+    return chosen
+
+
+def measure(row: Row, dense: Any, windows: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:
+    """Prune a copy of the dense model, evaluate it, print the line of the table and return it."""
+    model, pruner = copy.deepcopy(dense), None
+    start = time.perf_counter()
+    if row.options:
+        pruner = SparsePruner(
+            num_samples=len(windows), seqlen=SEQLEN, batch_size=1, progress=sys.stderr.isatty(), **row.options
+        )
+        pruner.prune(model, dataset={"input_ids": windows})
+    pruned = time.perf_counter()
+    measured = perplexity(model, text, SEQLEN, EVALUATION_WINDOWS, progress=sys.stderr.isatty()).value
+    evaluated = time.perf_counter()
+    ratio = measured / row.reference
+    within = row.within(ratio)
+    print(
+        f"{row.name:<32} {measured:9.2f} {row.reference:9.2f} {ratio:7.4f}  {'yes' if within else 'NO':<6} "
+        f"{pruned - start:8.1f} {evaluated - pruned:7.1f}",
+        flush=True,
+    )
+    return {
+        **asdict(row),
+        "measured": measured,
+        "ratio": ratio,
+        "within": within,
+        "sparsity": 0.0 if pruner is None else pruner.report.sparsity,
+        "prune_seconds": pruned - start,
+        "evaluation_seconds": evaluated - pruned,
+        "phases": {} if pruner is None else pruner.report.seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
