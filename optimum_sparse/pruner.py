@@ -196,9 +196,10 @@ def _check_model(model: Any) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise ValueError("The model is compiled, so its layers cannot be watched: prune it before torch.compile.")
-    if getattr(model, "peft_config", None):
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters:
         raise ValueError(
-            f"The model carries adapters ({', '.join(map(str, model.peft_config))}): prune the model without them, or "
+            f"The model carries adapters ({', '.join(adapters)}): prune the model without them, or "
             "merge them first with merge_and_unload()."
         )
     quantizer = getattr(model, "hf_quantizer", None)
