@@ -35,6 +35,7 @@ def solve(
     """
     factor, damping = reversed_cholesky(statistics, config.dampening_frac)
     dead = statistics.squared_norms == 0
+    dead &= ~dead.all()  # with no live input there is nothing to prefer, and the largest weights are kept
     target = weight.T.masked_fill(dead[:, None], 0).contiguous()
     pruned, errors = torch.empty_like(target), torch.empty_like(target)
     mask = torch.empty_like(target, dtype=torch.bool)

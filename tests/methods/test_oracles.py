@@ -248,3 +248,14 @@ def test_compensation_lowers_the_output_error(method):
     updated = ((weight - solution.weight) @ inputs.T).square().sum()
     dropped = ((weight * ~solution.mask) @ inputs.T).square().sum()
     assert updated < 0.8 * dropped
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_sparsegpt_keeps_the_largest_weights_if_no_input_was_ever_non_zero(pattern):
+    statistics = GramStatistics(16)
+    statistics.add(torch.zeros(5, 16))
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    config = SparseConfig(block_size=16)
+    solution = METHODS["sparsegpt"].solve(weight, statistics, pattern, config, None)
+    expected = METHODS["magnitude"].solve(weight, None, pattern, SparseConfig(method="magnitude"), None)
+    assert torch.equal(solution.weight, expected.weight)
