@@ -10,8 +10,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-METHOD_NAMES = ("magnitude", "wanda", "sparsegpt", "sparsegpt-reference")
+METHOD_NAMES = (
+    "magnitude",
+    "wanda",
+    "ria",
+    "sparsegpt",
+    "admm",
+    "sparsegpt-reference",
+    "magnitude-update",
+    "wanda-update",
+)
 COMPARISON_GROUPS = ("output", "layer")
+# The methods in which weights compete within what `comparison_group` says.
+GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
+REFINEMENTS = ("cg", "swaps")
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
 
@@ -76,17 +88,30 @@ class SparseConfig:
         128, "sparsegpt: columns per lazy update, and per mask selection if the pattern is unstructured"
     )
     dampening_frac: float = _option(
-        0.01, "sparsegpt: damping added to the Hessian's diagonal, as a fraction of its mean"
+        0.01,
+        "methods that update weights: damping added to the Hessian's diagonal, as a fraction of its mean (admm and "
+        "refine='cg': of each entry)",
     )
     true_sequential: bool = _option(
         True,
         "each group of layers sees inputs that went through all pruned layers before it; without it, all layers of a "
         "block see the block's dense inputs, as in the papers' code (slower, less memory)",
     )
+    min_expert_tokens: int | None = _option(
+        None,
+        "an expert that fewer calibration tokens are routed to is pruned on a blend with all tokens of its layer "
+        "(default: its number of inputs for sparsegpt, 64 for wanda)",
+    )
+    calibrate_all_experts: bool = _option(False, "prune each expert on all tokens of its layer, not only its own")
     comparison_group: str | None = _option(
         None,
-        "wanda and magnitude: weights compete within one 'output' or the whole 'layer' "
-        "(default: wanda output, magnitude layer)",
+        f"{', '.join(GROUPED_METHODS)}: weights compete within one 'output' or the whole 'layer' "
+        "(default: wanda and wanda-update output, the others layer)",
+    )
+    refine: str | None = _option(
+        None,
+        "what is done to each solution afterwards: 'cg' gives the kept weights their best values, 'swaps' exchanges "
+        "kept and pruned ones (default: nothing)",
     )
 
     def __post_init__(self) -> None:
@@ -94,21 +119,23 @@ class SparseConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("num_samples", "block_size"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("seqlen", "batch_size"):
+        for name in ("seqlen", "batch_size", "min_expert_tokens"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
-        for name in ("pack_documents", "true_sequential"):
+        for name in ("pack_documents", "true_sequential", "calibrate_all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         _check_choice("method", self.method, METHOD_NAMES)
         if self.comparison_group is not None:
             _check_choice("comparison_group", self.comparison_group, COMPARISON_GROUPS)
-            if self.method not in ("magnitude", "wanda"):
+            if self.method not in GROUPED_METHODS:
                 raise ValueError(
-                    f"comparison_group={self.comparison_group!r} applies to magnitude and wanda, not to {self.method}"
-                    ": leave it out, or choose one of these methods."
+                    f"comparison_group={self.comparison_group!r} applies to {', '.join(GROUPED_METHODS)}, not to "
+                    f"{self.method}: leave it out, or choose one of these methods."
                 )
+        if self.refine is not None:
+            _check_choice("refine", self.refine, REFINEMENTS)
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
         _check_dataset(self.dataset)

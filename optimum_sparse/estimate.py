@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from .config import SparseConfig
-from .lockstep import Trace
 from .matrices import PrunableMatrix
+from .methods import METHODS, statistics_for
+from .statistics import GramStatistics
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Estimate:
     @classmethod
     def of(
         cls,
-        plan: Trace[PrunableMatrix],
+        groups: Sequence[Sequence[PrunableMatrix]],
         batches: Sequence[Mapping[str, Any]],
         probe: Mapping[str, Any],
         probe_seconds: float,
@@ -43,13 +45,12 @@ class Estimate:
         """Extrapolate from one timed forward.
 
         Args:
-            plan: What will be pruned, grouped by shared inputs.
+            groups: What will be pruned, by shared inputs.
             batches: The calibration batches.
             probe: The batch that was timed.
             probe_seconds: How long its forward took.
             config: The method and how it runs.
         """
-        groups = [*plan.groups, *([matrix] for matrix in plan.repeated)]
         tokens = sum(_tokens(batch) for batch in batches)
         widths = [group[0].shape[1] for group in groups]
         heights = [sum(matrix.shape[0] for matrix in group) for group in groups]
@@ -57,9 +58,11 @@ class Estimate:
         forward_flops = sum(2 * d * rows for d, rows in zip(widths, heights, strict=True)) * tokens
         forward = probe_seconds * tokens / _tokens(probe)
         seconds, memory = forward if config.true_sequential else 2 * forward, 0
-        if config.method.startswith("sparsegpt"):
-            # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output.
-            extra_flops = sum(d * d * (2 * tokens + 6 * r) for d, r in zip(widths, heights, strict=True))
+        if statistics_for(config) is GramStatistics:
+            # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output, and
+            # methods and refinements made of products about 40.
+            solve = 6 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
+            extra_flops = sum(d * d * (2 * tokens + solve * r) for d, r in zip(widths, heights, strict=True))
             seconds += forward * extra_flops / max(forward_flops, 1)
             # Gram matrix in fp32, Hessian and its factor in float64; weights, targets, errors and masks in fp32.
             memory = max((24 * d * d + 20 * d * r for d, r in zip(widths, heights, strict=True)), default=0)
@@ -74,6 +77,13 @@ class Estimate:
             f"{self.matrices} matrices, {self.tokens:,} calibration tokens: about {_duration(self.seconds)} and "
             f"{self.memory / 2**30:.1f} GiB beyond the model"
         )
+
+
+def available_memory(device: torch.device) -> int:
+    """Memory that is free on a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def peak_memory() -> int | None:
@@ -92,8 +102,11 @@ def peak_memory() -> int | None:
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens a batch has; how many rows, if it has none."""
     ids = batch.get("input_ids")
-    return ids.numel() if isinstance(ids, torch.Tensor) else next(iter(batch.values())).shape[0]
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def _duration(seconds: float) -> str:

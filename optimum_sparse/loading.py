@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_model(
     source: str | os.PathLike, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a causal language model to prune.
+    """Load a model to prune: a causal language model, or of whatever kind its configuration says.
 
     Args:
         source: A Hub id, a folder that `save_pretrained` wrote, or a `.gguf` file, which is dequantised.
@@ -52,8 +52,6 @@ def load_model(
     path = local_path(source)
     if path is not None and path.is_file():
         return _load_gguf(path, dtype)
-    from transformers import AutoModelForCausalLM
-
     name = str(path or source)
     with hub_errors(name):
         config_file = find_file(name, "config.json")
@@ -62,7 +60,7 @@ def load_model(
         check_not_quantized(name, config_file)
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config_file.parent).from_pretrained(
             name, revision=revision or "main", dtype=dtype, output_loading_info=True
         )
     if info["missing_keys"]:
@@ -73,6 +71,27 @@ def load_model(
         )
     model.config._commit_hash = revision
     return model, load_tokenizer(name, revision)
+
+
+def model_class(folder: Path) -> type[PreTrainedModel]:
+    """The class of Transformers that the `config.json` in a folder names for its model type.
+
+    Only classes that Transformers itself has for that type come into question; without one among them, that of causal
+    language models is taken.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+    config = AutoConfig.from_pretrained(folder)
+    asked_for = getattr(config, "architectures", None) or []
+    for mapping in vars(modeling_auto).values():
+        if isinstance(mapping, _LazyAutoMapping) and type(config) in mapping:
+            found = mapping[type(config)]
+            for candidate in found if isinstance(found, tuple) else (found,):
+                if candidate.__name__ in asked_for:
+                    return candidate
+    return AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:

@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .config import SparseConfig
 from .patterns import NM, Pattern, parse_pattern
+from .trace import Trace
+from .uses import View
 
 
 @dataclass(frozen=True)
@@ -24,39 +26,43 @@ class PrunableMatrix:
     """One weight matrix of a model and the pattern it is to be pruned to.
 
     Attributes:
-        name: Dotted name of the module that owns the weight.
-        modules: The modules that use the weight: one, or several that share it.
+        name: Dotted name of the module that owns the weight; of the parameter if that is not called `weight`. Experts
+            that share a parameter have their number behind it.
+        view: Where in its parameter the matrix is.
+        module: The module that owns the parameter.
         pattern: Which zeros are asked for.
-        block: Name of the decoder block it belongs to, or its own name if it stands outside the blocks.
+        block: Name of the block it belongs to, or of the weight itself if it stands outside the blocks.
     """
 
     name: str
-    modules: tuple[nn.Module, ...]
+    view: View
+    module: nn.Module
     pattern: Pattern
     block: str
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter, in the model's own layout."""
-        weight = self.modules[0].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @cached_property
-    def transposed(self) -> bool:
-        """Whether the parameter is stored as `[in_features, out_features]`."""
-        return isinstance(self.modules[0], Conv1D)
+        """The parameter that it is a part of or the whole of, in the model's own layout."""
+        return self.module.get_parameter(self.view.parameter.rpartition(".")[2])
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`."""
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return self.view.shape
+
+    @property
+    def is_part(self) -> bool:
+        """Whether its parameter holds other matrices as well, as that of experts does."""
+        return self.numel < self.parameter.numel()
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
 
     def read(self) -> torch.Tensor:
         """A view of the weight, `[out_features, in_features]` in the model's dtype."""
-        weight = self.parameter.detach()
-        return weight.T if self.transposed else weight
+        return self.view.of(self.parameter)
 
     def write(self, weight: torch.Tensor) -> None:
         """Replace the weight in place, so that everything that shares it follows.
@@ -67,62 +73,146 @@ class PrunableMatrix:
         self.read().copy_(weight)
 
 
-def find_matrices(model: nn.Module, config: SparseConfig) -> tuple[list[PrunableMatrix], dict[str, str]]:
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that may hold matrices.
+
+    Attributes:
+        names: By which users know it: those of the modules that own it, or of the parameter if it is not called
+            `weight`; several if modules share it.
+        parameter: Dotted name of the parameter.
+        modules: The modules that own it, in the order of `names`.
+    """
+
+    names: tuple[str, ...]
+    parameter: str
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter."""
+        return self.modules[0].get_parameter(self.parameter.rpartition(".")[2])
+
+
+def find_weights(model: nn.Module) -> list[Weight]:
+    """All parameters with two or more dimensions, but for those that belong to embeddings only."""
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
+                owners[parameter].append((f"{prefix}.{attribute}".removeprefix("."), module))
+    return [
+        Weight(tuple(name.removesuffix(".weight") for name, _ in users), users[0][0], tuple(m for _, m in users))
+        for users in owners.values()
+    ]
+
+
+def find_matrices(
+    model: nn.Module, config: SparseConfig, seen: Trace | None = None, unused_too: bool = False
+) -> tuple[list[PrunableMatrix], dict[str, str]]:
     """Find what `config` asks to prune in a model.
 
     Args:
         model: The model; nothing about its architecture is assumed.
         config: Names, overrides, block range and pattern.
+        seen: What forwards have shown of the model. Without it only the weights of `nn.Linear` and `Conv1D` are found,
+            routers among them.
+        unused_too: Also find weights of `nn.Linear` and `Conv1D` that the forwards did not use.
 
     Returns:
-        The matrices, in the order of `named_modules`, and for each linear layer and each parameter with more than two
-        dimensions that stays dense the reason.
+        The matrices, in the order of `named_modules`, and for each weight that stays dense the reason.
 
     Raises:
-        ValueError: Nothing matches, or a pattern does not divide a matrix.
+        ValueError: Nothing matches, a pattern does not divide a matrix, or the layout of experts is unknown.
     """
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
-            owners[module.weight].append((name, module))
-    if not owners:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear or Conv1D layer, so there is nothing to prune.")
-
-    embeddings = {m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    blocks = find_blocks(model)
+    choice, layouts = _Choice(model, config), _seen_layouts(seen)
     matrices: list[PrunableMatrix] = []
     skipped: dict[str, str] = {}
-    for parameter, users in owners.items():
-        name = users[0][0]
-        block = next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None)
-        aliases = [n for n, _ in users] + ["lm_head" for _, module in users if module is output]
-        override: dict[str, Any] = next((o for o in reversed(config.overrides) if matches([o["match"]], aliases)), {})
-        if not matches(config.targets, aliases):
-            reason = "does not match targets"
-        elif matches(config.ignore, aliases):
-            reason = "matches ignore"
-        elif parameter in embeddings:
-            reason = f"shares its weight with the embedding {embeddings[parameter]}"
-        elif config.block_range and (block is None or not config.block_range[0] <= block < config.block_range[1]):
-            reason = "outside block_range"
-        elif override.get("sparsity") == 0:
-            reason = "sparsity 0 in overrides"
-        else:
-            pattern = _pattern(config, override)
-            matrix = PrunableMatrix(
-                name, tuple(m for _, m in users), pattern, name if block is None else blocks[block]
-            )
-            _check_shape(matrix)
-            matrices.append(matrix)
-            continue
-        skipped.update((n, reason) for n, _ in users)
-    # Fused experts, convolutions and the like: what stays dense is named.
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if parameter.ndim > 2}
-    skipped.update((name, f"is no matrix but a tensor of shape {shape}") for name, shape in shapes.items())
-    if not matrices:
+    undecided = False
+    for weight in find_weights(model):
+        views = layouts.get(weight.parameter, [])
+        if not views and (seen is None or unused_too):
+            views = _class_layout(weight)
+        reasons: dict[str, str] = {}
+        for view in views:
+            several = weight.value.numel() > view.shape[0] * view.shape[1]
+            names = [f"{name}.{view.part}" for name in weight.names] if several else list(weight.names)
+            reason = choice.against(weight, names) or _no_matrix(view, seen)
+            if reason is None:
+                matrices.append(choice.matrix(weight, view, names))
+            else:
+                reasons.update(dict.fromkeys(names, reason))
+        if not views:
+            reason = choice.against(weight, list(weight.names))
+            undecided |= reason is None and seen is None
+            reasons = dict.fromkeys(weight.names, reason or _unseen(weight, seen))
+        elif len(reasons) == len(views) * len(weight.names) and len(set(reasons.values())) == 1:
+            reasons = dict.fromkeys(weight.names, reasons.popitem()[1])  # the same for all experts
+        skipped |= reasons
+    if not matrices and not undecided:
         _raise_nothing_left(model, config, skipped)
     return matrices, skipped
+
+
+class _Choice:
+    """What a configuration chooses of a model."""
+
+    def __init__(self, model: nn.Module, config: SparseConfig) -> None:
+        self._config = config
+        self._blocks = find_blocks(model)
+        self._text = text_models(model)
+        self._head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        self._embeddings = {m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+
+    def against(self, weight: Weight, names: list[str]) -> str | None:
+        """Why a matrix is not to be pruned, or `None`."""
+        config, aliases, block = self._config, self._aliases(weight, names), self._block(weight)
+        if not matches(config.targets, aliases):
+            return "does not match targets"
+        if matches(config.ignore, aliases):
+            return "matches ignore"
+        if weight.value in self._embeddings:
+            return f"shares its weight with the embedding {self._embeddings[weight.value]}"
+        if isinstance(weight.modules[0], _ConvNd):
+            return "is a convolution"
+        if config.block_range and (block is None or not config.block_range[0] <= block < config.block_range[1]):
+            return "outside block_range"
+        if self._override(weight, names).get("sparsity") == 0:
+            return "sparsity 0 in overrides"
+        asked_for = matches((target for target in config.targets if target != "*"), aliases)
+        if self._text and not _inside(weight.parameter, self._text) and not asked_for:
+            return f"is outside the text model: to prune it, name it in targets, e.g. '{self._tower(weight)}.*'"
+        return None
+
+    def _tower(self, weight: Weight) -> str:
+        """The largest module around a weight that holds no model for text."""
+        parts = weight.names[0].split(".")
+        modules = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return next((m for m in modules if not _inside(f"{self._text[0]}.", [m])), weight.names[0])
+
+    def matrix(self, weight: Weight, view: View, names: list[str]) -> PrunableMatrix:
+        """The matrix, with the pattern asked for it."""
+        override, index = self._override(weight, names), self._block(weight)
+        source: Any = override if override else {"sparsity": self._config.sparsity, "pattern": self._config.pattern}
+        pattern = parse_pattern(source.get("sparsity"), source.get("pattern"))
+        if isinstance(pattern, NM) and view.shape[1] % pattern.m:
+            raise ValueError(
+                f"Pattern {pattern} does not divide the {view.shape[1]} inputs of {names[0]}: choose an M that "
+                f"divides {view.shape[1]}, or leave this module out with ignore=[{names[0].rsplit('.', 1)[-1]!r}]."
+            )
+        block = weight.names[0] if index is None else self._blocks[index]
+        return PrunableMatrix(names[0], view, weight.modules[0], pattern, block)
+
+    def _aliases(self, weight: Weight, names: list[str]) -> list[str]:
+        head = ["lm_head" for module in weight.modules if module is self._head]
+        return [*names, *weight.names, *head]
+
+    def _override(self, weight: Weight, names: list[str]) -> dict[str, Any]:
+        aliases = self._aliases(weight, names)
+        return next((o for o in reversed(self._config.overrides) if matches([o["match"]], aliases)), {})
+
+    def _block(self, weight: Weight) -> int | None:
+        return next((i for i, block in enumerate(self._blocks) if _inside(weight.parameter, [block])), None)
 
 
 def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -131,45 +221,98 @@ def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns for name in names)
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the model's repeated blocks: the outermost lists of layers that Transformers checkpoints one by one.
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(not module or name.startswith(f"{module}.") for module in modules)
 
-    Models that do not use Transformers' layer class are searched for the longest list of like modules that hold
-    matrices. The order is that of `named_modules`; a model without blocks gives an empty list.
+
+def _class_layout(weight: Weight) -> list[View]:
+    """What the class of the module says; nothing if only a forward can tell."""
+    module = weight.modules[0]
+    if not isinstance(module, (nn.Linear, Conv1D)) or weight.value.ndim != 2:
+        return []
+    rows, columns = weight.value.shape
+    transposed = isinstance(module, Conv1D)
+    return [View(weight.parameter, 0, (columns, rows) if transposed else (rows, columns), transposed)]
+
+
+def _seen_layouts(seen: Trace | None) -> dict[str, list[View]]:
+    """The matrices that each parameter was used as; parameters that were used in several ways have none."""
+    layouts: dict[str, list[View]] = defaultdict(list)
+    for view in sorted(seen.inputs) if seen is not None else ():
+        layouts[view.parameter].append(view)
+    alike = {name: len({(view.shape, view.transposed) for view in views}) == 1 for name, views in layouts.items()}
+    return {name: views for name, views in layouts.items() if alike[name]}
+
+
+def _no_matrix(view: View, seen: Trace | None) -> str | None:
+    """Why a weight that is used as a matrix is not to be pruned, or `None`."""
+    if seen is not None and view in seen.routers:
+        return "is a router: its outputs are ranked to choose among them"
+    if view.shape[0] == 1:
+        return "is a gate: it has a single output"
+    return None
+
+
+def _unseen(weight: Weight, seen: Trace | None) -> str:
+    """Why no matrix was found in a weight.
+
+    Raises:
+        ValueError: It looks like experts whose inputs cannot be seen.
+    """
+    if seen is None:
+        return "only a forward shows how it is used"
+    if weight.parameter not in seen.copied:
+        return "is not used in a matrix product on the calibration data"
+    if weight.value.ndim > 2:
+        raise ValueError(
+            f"{weight.parameter} of shape {list(weight.value.shape)} in {type(weight.modules[0]).__name__} is "
+            "gathered or cast before it is multiplied, so that the inputs of its matrices cannot be seen: choose an "
+            "implementation that takes one expert at a time (in Transformers, experts_implementation='eager'), or "
+            f"leave it dense with ignore=[{weight.names[0].rsplit('.', 1)[-1]!r}]."
+        )
+    return "is copied before it is used, so that its inputs cannot be seen"
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the model's repeated blocks, in the order of `named_modules`.
+
+    They are the outermost lists of layers that Transformers checkpoints one by one; in models that do not use its
+    layer class, the outermost lists of like modules that hold matrices. Those of the decoder come first, so that they
+    have the lowest numbers; a model that has an encoder and a decoder is taken as a whole.
     """
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    for scope in [decoder, model]:
-        if not isinstance(scope, nn.Module):
-            continue
-        lists = [m for m in scope.modules() if isinstance(m, nn.ModuleList) and len(m) and _has_matrix(m)]
-        found = [m for m in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in m)]
-        if not found:
-            found = sorted((m for m in lists if len({type(layer) for layer in m}) == 1), key=len)[-1:]
-        inner = {child for m in found for child in m.modules() if child is not m}
-        layers = [layer for m in found if m not in inner for layer in m]
-        if layers:
-            names = {module: name for name, module in model.named_modules()}
-            return [names[layer] for layer in layers]
-    return []
+    scopes = [model] if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else [decoder, model]
+    layers = dict.fromkeys(layer for scope in scopes if isinstance(scope, nn.Module) for layer in _layers(scope))
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str] = []
+    for layer in layers:
+        if not _inside(names[layer], found):
+            found.append(names[layer])
+    return found
+
+
+def _layers(scope: nn.Module) -> list[nn.Module]:
+    lists = [m for m in scope.modules() if isinstance(m, nn.ModuleList) and len(m) and _has_matrix(m)]
+    found = [m for m in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in m)]
+    if not found:
+        found = [
+            m for m in lists if len({type(layer) for layer in m}) == 1 and not isinstance(m[0], (nn.Linear, Conv1D))
+        ]
+    inner = {child for m in found for child in m.modules() if child is not m}
+    return [layer for m in found if m not in inner for layer in m]
 
 
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters())
 
 
-def _pattern(config: SparseConfig, override: dict) -> Pattern:
-    if override:
-        return parse_pattern(override.get("sparsity"), override.get("pattern"))
-    return parse_pattern(config.sparsity, config.pattern)
-
-
-def _check_shape(matrix: PrunableMatrix) -> None:
-    pattern, in_features = matrix.pattern, matrix.shape[1]
-    if isinstance(pattern, NM) and in_features % pattern.m:
-        raise ValueError(
-            f"Pattern {pattern} does not divide the {in_features} inputs of {matrix.name}: choose an M that divides "
-            f"{in_features}, or leave this module out with ignore=[{matrix.name.rsplit('.', 1)[-1]!r}]."
-        )
+def text_models(model: nn.Module) -> list[str]:
+    """Names of the models for text inside a model that also takes something else; none in a plain model."""
+    text_config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    if text_config is None or text_config is model.config:
+        return []
+    inner = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    return [name for name, module in inner if module is not model and module.config is text_config]
 
 
 def _raise_nothing_left(model: nn.Module, config: SparseConfig, skipped: dict[str, str]) -> None:
@@ -179,6 +322,6 @@ def _raise_nothing_left(model: nn.Module, config: SparseConfig, skipped: dict[st
     found = "; ".join(f"{len(names)} ({names[0]}, ...) {reason}" for reason, names in reasons.items())
     raise ValueError(
         f"Nothing to prune in {type(model).__name__} with targets={list(config.targets)}, "
-        f"ignore={list(config.ignore)}, block_range={config.block_range}: {found}. "
+        f"ignore={list(config.ignore)}, block_range={config.block_range}: {found or 'it has no weight matrix'}. "
         "Targets are shell-style patterns of module names or of their dotted suffixes, e.g. 'q_proj' or '*.mlp.*'."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,10 @@ from .config import SparseConfig, split_pattern
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from .uses import View
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,10 @@ class Matrix(Protocol):
     @property
     def pattern(self) -> object:
         """What was asked for; reads as `"N:M"` if it is N:M."""
+
+    @property
+    def view(self) -> View:
+        """Its shape, and whether it is stored transposed."""
 
     def read(self) -> torch.Tensor:
         """The weights, `[out_features, in_features]`."""
@@ -60,23 +68,30 @@ class Claim:
     zeros: int
     numel: int
     pattern: str | None
+    shape: tuple[int, int]
+    transposed: bool
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Join names that differ only in their first index.
+    """Join names that differ only in one index, and what results from that.
 
-    `["h.0.fc", "h.1.fc", "h.3.fc", "head"]` becomes `["h.{0-1,3}.fc", "head"]`; `expand_name` is the way back.
+    `["h.0.fc", "h.1.fc", "h.3.fc", "head"]` becomes `["h.{0-1,3}.fc", "head"]`, and the experts of several blocks
+    become `"h.{0-1}.experts.up.{0-7}"`; `expand_name` is the way back.
     """
-    indices: dict[tuple[str, str | None], list[int]] = {}
-    for name in names:
-        index = _INDEX.search(name)
-        if index is None:
-            indices[name, None] = []
-        else:
-            indices.setdefault((name[: index.start()], name[index.end() :]), []).append(int(index[0]))
-    return [
-        head if tail is None else f"{head}{_ranges(set(members))}{tail}" for (head, tail), members in indices.items()
-    ]
+    # For each name what stands between its indices, and the indices: each a set of one, until sets are joined.
+    folded = dict.fromkeys((tuple(_INDEX.split(name)), tuple(_INDEX.findall(name))) for name in names)
+    for place in range(max((len(indices) for _, indices in folded), default=0)):
+        joined: dict[tuple[Any, ...], set[int]] = {}
+        for texts, indices in folded:
+            if place < len(indices):
+                joined.setdefault((texts, indices[:place], indices[place + 1 :]), set()).add(int(indices[place]))
+            else:
+                joined[texts, indices, None] = set()
+        folded = dict.fromkeys(
+            (texts, before if after is None else (*before, _ranges(members), *after))
+            for (texts, before, after), members in joined.items()
+        )
+    return ["".join(map("".join, zip(texts, (*indices, ""), strict=True))) for texts, indices in folded]
 
 
 def _ranges(indices: set[int]) -> str:
@@ -88,21 +103,21 @@ def _ranges(indices: set[int]) -> str:
 
 
 def expand_name(name: str) -> list[str]:
-    """The names that a folded name stands for, in the order of their index.
+    """The names that a folded name stands for, in the order of their indices.
 
     Raises:
-        ValueError: A range is so long that it cannot come from a model.
+        ValueError: They are so many that they cannot come from a model.
     """
-    ranges = _RANGES.search(name)
-    if ranges is None:
-        return [name]
-    bounds = [tuple(map(int, part.split("-"))) for part in ranges[1].split(",")]
-    if sum(bound[-1] - bound[0] + 1 for bound in bounds) > _MOST_NAMES:
-        raise ValueError(f"{name!r} stands for more than {_MOST_NAMES} names: no model has as many.")
+    texts, choices, total = _RANGES.split(name)[::2], [], 1
+    for ranges in _RANGES.findall(name):
+        bounds = [tuple(map(int, part.split("-"))) for part in ranges.split(",")]
+        total *= sum(bound[-1] - bound[0] + 1 for bound in bounds)
+        if total > _MOST_NAMES:
+            raise ValueError(f"{name!r} stands for more than {_MOST_NAMES} names: no model has as many.")
+        choices.append([index for bound in bounds for index in range(bound[0], bound[-1] + 1)])
     return [
-        f"{name[: ranges.start()]}{index}{name[ranges.end() :]}"
-        for bound in bounds
-        for index in range(bound[0], bound[-1] + 1)
+        "".join(f"{text}{index}" for text, index in zip(texts, (*indices, ""), strict=True))
+        for indices in itertools.product(*choices)
     ]
 
 
@@ -155,18 +170,20 @@ def sparsity_config(
         },
         "matrices": {},
     }
-    if "generation" in seen:
-        record["generation"] = seen["generation"]
     options = config.to_dict()
     for field in fields(config):
         if field.name not in record and getattr(config, field.name) != field.default:
             record[field.name] = options[field.name]
     # Names are folded only with those pruned alike, so that each entry speaks for all of its members.
-    for pattern in dict.fromkeys(str(matrix.pattern) for matrix in matrices):
-        alike = {matrix.name: matrix for matrix in matrices if str(matrix.pattern) == pattern}
+    kinds: dict[tuple[str, tuple[int, int], bool], dict[str, Matrix]] = {}
+    for matrix in matrices:
+        kind = (str(matrix.pattern), matrix.view.shape, matrix.view.transposed)
+        kinds.setdefault(kind, {})[matrix.name] = matrix
+    for (pattern, shape, transposed), alike in kinds.items():
         for folded in fold_names(alike):
             counts = [count(alike[name].read()) for name in expand_name(folded)]
-            record["matrices"][folded] = _entry(counts, pattern if ":" in pattern else None)
+            entry = _entry(counts, pattern if ":" in pattern else None)
+            record["matrices"][folded] = {**entry, "shape": list(shape), "transposed": transposed}
     record["achieved_sparsity"] = _achieved(record["matrices"])
     json.dumps(record, allow_nan=False)  # a value that is not JSON would fail in the middle of saving the model
     return record
@@ -188,9 +205,10 @@ def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, An
     matrices = {}
     for folded, entry in metadata["matrices"].items():
         patterns = [entry["pattern"]] if entry["pattern"] else []
-        counts = [count(module_weight(model, name), patterns) for name in expand_name(folded)]
+        shape, transposed = tuple(entry["shape"]), entry["transposed"]
+        counts = [count(matrix_of(model, name, shape, transposed)[1], patterns) for name in expand_name(folded)]
         holds = all(c.patterns for c in counts)
-        matrices[folded] = _entry(counts, entry["pattern"] if holds else None)
+        matrices[folded] = {**entry, **_entry(counts, entry["pattern"] if holds else None)}
     current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
     if matrices != metadata["matrices"]:
         logger.warning(
@@ -201,23 +219,33 @@ def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, An
     return current
 
 
-def module_weight(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """The weight `[out_features, in_features]` of the module `name`.
+def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: bool) -> tuple[str, torch.Tensor]:
+    """The parameter that a matrix is in, and a view of the matrix, `[out_features, in_features]`.
+
+    Args:
+        model: The model.
+        name: Name of the matrix in a `sparsity_config`: that of a module, of a parameter, or of either with the number
+            of an expert behind it.
+        shape: `(out_features, in_features)`.
+        transposed: Whether it is stored as `[in_features, out_features]`.
 
     Raises:
-        ValueError: The model has no such module.
+        ValueError: The model has no such matrix.
     """
-    from transformers.pytorch_utils import Conv1D
+    from .uses import View
 
-    try:
-        module = model.get_submodule(name)
-        weight = module.weight
-    except AttributeError as error:
-        raise ValueError(
-            f"config.sparsity_config names the matrix {name!r}, which {type(model).__name__} does not have: unwrap "
-            "the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does not apply."
-        ) from error
-    return weight.T if isinstance(module, Conv1D) else weight
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole, _, part = name.rpartition(".")
+    for owner, index in ((name, 0), (whole, int(part) if part.isdigit() else -1)):
+        parameter_name = f"{owner}.weight" if f"{owner}.weight" in parameters else owner
+        parameter = parameters.get(parameter_name)
+        if parameter is not None and 0 <= index < parameter.numel() // (shape[0] * shape[1]):
+            return parameter_name, View(parameter_name, index, shape, transposed).of(parameter)
+    raise ValueError(
+        f"config.sparsity_config names the matrix {name!r} of shape {list(shape)}, which {type(model).__name__} does "
+        "not have: unwrap the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does "
+        "not apply."
+    )
 
 
 def read_claims(metadata: Any) -> dict[str, Claim]:
@@ -230,14 +258,8 @@ def read_claims(metadata: Any) -> dict[str, Claim]:
         ValueError: It is not of the form that `sparsity_config` writes, or contradicts itself.
     """
     try:
-        entries = {
-            folded: (int(e["zeros"]), int(e["numel"]), e["pattern"]) for folded, e in metadata["matrices"].items()
-        }
+        claims = {folded: _claim(folded, entry) for folded, entry in metadata["matrices"].items()}
         achieved = metadata["achieved_sparsity"]
-        for _, _, pattern in entries.values():
-            if pattern is not None:
-                split_pattern(pattern)
-        claims = {folded: Claim(expand_name(folded), *entry) for folded, entry in entries.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"sparsity_config is not of the form that optimum_sparse writes ({error!r}).") from error
     if not claims:
@@ -245,6 +267,15 @@ def read_claims(metadata: Any) -> dict[str, Claim]:
     if achieved != _achieved(metadata["matrices"]):
         raise ValueError(f"achieved_sparsity is {achieved}, but its matrices give {_achieved(metadata['matrices'])}.")
     return claims
+
+
+def _claim(folded: str, entry: Mapping[str, Any]) -> Claim:
+    names, numel, (rows, columns) = expand_name(folded), int(entry["numel"]), entry["shape"]
+    if entry["pattern"] is not None:
+        split_pattern(entry["pattern"])
+    if min(rows, columns) < 1 or len(names) * rows * columns != numel:
+        raise ValueError(f"{folded}: {len(names)} matrices of shape {entry['shape']} do not have {numel} weights")
+    return Claim(names, int(entry["zeros"]), numel, entry["pattern"], (rows, columns), bool(entry["transposed"]))
 
 
 def differences(claims: Mapping[str, Claim], found: Mapping[str, Count]) -> list[str]:

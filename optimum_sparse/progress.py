@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tqdm.auto import tqdm
 
 from .config import SparseConfig
-from .matrices import PrunableMatrix
 from .report import MatrixReport
 
 
 class Progress:
     """What a person sees while pruning: a bar over matrices and a few lines on stderr."""
 
-    def __init__(self, shown: bool, config: SparseConfig, matrices: Sequence[PrunableMatrix]) -> None:
+    def __init__(self, shown: bool, config: SparseConfig) -> None:
         what = config.pattern or f"{config.sparsity:.0%}"
-        self._bar = tqdm(
-            total=len(matrices), desc=f"Pruning {what} with {config.method}", unit="matrix", disable=not shown
-        )
+        self._bar = tqdm(desc=f"Pruning {what} with {config.method}", unit="matrix", disable=not shown)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+
+    def start(self, num_matrices: int) -> None:
+        """The number of matrices is known."""
+        self._bar.reset(num_matrices)
 
     def say(self, text: str) -> None:
         """Print lines without tearing the bar apart."""

@@ -1,33 +1,37 @@
-"""`SparsePruner`: ties calibration, lockstep forwards and a method together, and writes to the model."""
+"""`SparsePruner`: prunes a model, saves and publishes it."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import metadata
 from .calibration import load_calibration
 from .config import SparseConfig
 from .estimate import peak_memory
 from .matrices import find_matrices
-from .methods import METHODS
+from .methods import statistics_for
 from .progress import Progress
 from .report import SparsityReport
 from .run import PruningRun
 from .saving import check_target, replace_folder
 
+Model = TypeVar("Model", bound=nn.Module)
+
 REPORT_FILE = "sparsity_report.json"
 
 
 class SparsePruner:
-    """Prunes a causal language model in one shot, in place.
+    """Prunes a model in one shot, in place.
 
         pruner = SparsePruner(method="sparsegpt", pattern="2:4")
         pruner.prune(model, tokenizer)
@@ -60,49 +64,45 @@ class SparsePruner:
         self.progress = progress
         self.report: SparsityReport | None = None
 
-    def prune(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, dataset: Any = None
-    ) -> PreTrainedModel:
+    def prune(self, model: Model, tokenizer: Any = None, dataset: Any = None) -> Model:
         """Prune `model` in place.
 
         If it is interrupted, the layers pruned so far stay pruned, the others stay dense, and the model is usable.
 
         Args:
-            model: A model in evaluation mode.
-            tokenizer: Its tokenizer, needed if the calibration data is text.
+            model: A model in evaluation mode, of Transformers or any other `nn.Module`.
+            tokenizer: Its tokenizer, needed if the calibration data is text; or its processor.
             dataset: Calibration data to use instead of `config.dataset`: also a list of token dicts, a
                 `datasets.Dataset`, or a `DataLoader` of model inputs.
 
         Returns:
-            The model, with `model.config.sparsity_config` set.
+            The model. If it is one of Transformers, `config.sparsity_config` is set.
 
         Raises:
             ValueError: The model, the configuration or the data cannot be used; the message says what to do.
         """
         _check_model(model)
-        matrices, skipped = find_matrices(model, self.config)
-        report = self.report = SparsityReport(config=self.config.to_dict(), skipped=skipped)
+        find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
+        report = self.report = SparsityReport(config=self.config.to_dict())
         started = time.perf_counter()
-        with torch.no_grad(), Progress(self.progress, self.config, matrices) as progress:
-            run = PruningRun(self.config, report, progress)
-            if METHODS[self.config.method].statistics is None:
-                for matrix in matrices:
-                    run.solve([matrix], None)
+        with torch.no_grad(), _one_expert_at_a_time(model), Progress(self.progress, self.config) as progress:
+            if dataset is None and statistics_for(self.config) is None:
+                batches = [_dummy_batch(model)]
             else:
                 calibration = load_calibration(self.config, model, tokenizer, dataset)
-                report.calibration = calibration.record
+                report.calibration, batches = calibration.record, calibration.batches
                 # A report is published with the model: no texts and no paths of this machine.
                 report.config["dataset"] = calibration.record["dataset"]
                 if (found := calibration.record["num_samples"]) < self.config.num_samples:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
-                run.prune_calibrated(model, matrices, calibration)
+            matrices = PruningRun(model, self.config, report, progress, batches).prune()
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
-            pruned = {matrix.name for matrix in report.matrices}
-            model.config.sparsity_config = metadata.sparsity_config(
-                model, self.config, [m for m in matrices if m.name in pruned], report.calibration
-            )
+            if isinstance(model, PreTrainedModel):
+                model.config.sparsity_config = metadata.sparsity_config(
+                    model, self.config, matrices, report.calibration
+                )
             progress.say(report.table())
         return model
 
@@ -163,7 +163,14 @@ class SparsePruner:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer)
-            model_card(model.config.sparsity_config, self.report, repo_id).save(Path(folder, "README.md"))
+            name = type(model).__name__
+            card = model_card(
+                model.config.sparsity_config,
+                self.report,
+                repo_id,
+                "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
+            )
+            card.save(Path(folder, "README.md"))
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,6 +187,11 @@ class SparsePruner:
         return cls(SparseConfig.from_dict(options))
 
     def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"{type(model).__name__} is none of Transformers, so there is no config.json to save with it: save "
+                "its weights yourself, e.g. safetensors.torch.save_file(model.state_dict(), path)."
+            )
         record = getattr(model.config, "sparsity_config", None)
         if record is None:
             raise ValueError(
@@ -187,6 +199,27 @@ class SparsePruner:
                 "with its own save_pretrained."
             )
         return record
+
+
+@contextmanager
+def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """The way to run experts in which the tokens of each can be seen, instead of fused kernels."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    implementation = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(implementation)
+
+
+def _dummy_batch(model: nn.Module) -> dict[str, Any]:
+    """A few tokens that show how the model works."""
+    if isinstance(model, PreTrainedModel):
+        return dict(model.dummy_inputs)
+    return {"input_ids": torch.arange(5)[None]}
 
 
 def _check_model(model: Any) -> None:

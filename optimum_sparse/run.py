@@ -1,277 +1,444 @@
-"""One pruning run: collects statistics along the forwards, solves, writes the weights and reports."""
+"""One pruning run: the ways through the model, and the statistics collected along them."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from .calibration import Calibration
 from .config import SparseConfig
-from .estimate import Estimate
-from .lockstep import Lockstep, Trace, module_input, trace
-from .matrices import PrunableMatrix
-from .methods import METHODS, Solution
+from .estimate import Estimate, available_memory
+from .experts import Experts, Routed
+from .lockstep import Call, Lockstep
+from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, text_models
+from .padding import Padding
 from .progress import Progress
-from .report import MatrixReport, SparsityReport
+from .report import SparsityReport
+from .solver import Clock, Group, Solved, Solver
 from .statistics import Statistics
+from .trace import Stop, Trace, trace
+from .uses import Use, View, WeightUses
 
-logger = logging.getLogger(__name__)
+# The statistics that are collected in one pass take at most this share of the memory that is free.
+MEMORY_SHARE = 0.5
 
-# Stacks of up to this many weights are solved on one CPU thread. Sharing out operations of a few microseconds gains
-# little, and costs milliseconds each as soon as another process holds one of the cores.
-ONE_THREAD = 2**22
+# The arguments of a module's call.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Called with the index of a batch and a use in its forward.
+OnUse = Callable[[int, Use], None]
 
 
 class PruningRun:
-    """One pruning run: how statistics are collected, and what is done with them."""
+    """One pruning run.
 
-    def __init__(self, config: SparseConfig, report: SparsityReport, progress: Progress) -> None:
-        self.config = config
-        self.report = report
-        self.progress = progress
-        self.method = METHODS[config.method]
+    Args:
+        model: The model.
+        config: How to prune it.
+        report: Filled along the way.
+        progress: What a person sees of it.
+        batches: Calibration batches; for a method that needs none, batches that show how the model works.
+    """
 
-    def prune_calibrated(
-        self, model: PreTrainedModel, matrices: list[PrunableMatrix], calibration: Calibration
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparseConfig,
+        report: SparsityReport,
+        progress: Progress,
+        batches: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Prune with calibration data."""
-        self.batches = calibration.batches
-        self.forward = _forward(model)
-        owners = {module: matrix for matrix in matrices for module in matrix.modules}
-        plan, estimate = self._probe(owners)
-        self.progress.say(str(estimate))
-        self._repeated(plan.repeated)
+        self._model = model
+        self._config = config
+        self._report = report
+        self._progress = progress
+        self._solver = Solver(config, report, progress)
+        self._batches = batches
+        self._forward = _forward(model)
+        self._parameters = {weight.parameter: weight.value for weight in find_weights(model)}
+        self._paddings = [Padding.of(batch) for batch in batches]
+        self._text = text_models(model)
 
-        started, busy = time.perf_counter(), sum(self.report.seconds.values())
-        if self.config.true_sequential:
-            self._by_group(plan)
+    def prune(self) -> list[PrunableMatrix]:
+        """Prune the model, and return what was pruned."""
+        data_free = self._solver.statistics is None
+        seen = self._probe(data_free)
+        matrices, self._report.skipped = find_matrices(self._model, self._config, seen, unused_too=data_free)
+        self._progress.start(len(matrices))
+        if seen is None or data_free:
+            for matrix in matrices:
+                self._solver.write(self._solver.solve([matrix], None))
         else:
-            self._by_block(model, plan)
-        elapsed, busy = time.perf_counter() - started, sum(self.report.seconds.values()) - busy
-        self.spend("forward", elapsed - busy)
-        done = {entry.name for entry in self.report.matrices}
+            self._calibrated(matrices, seen)
+        done = {entry.name for entry in self._report.matrices}
         for matrix in matrices:
             if matrix.name not in done:
-                self.report.skipped[matrix.name] = "did not run on the calibration data, or only past its first tokens"
-
-    def solve(self, group: Sequence[PrunableMatrix], statistics: Statistics | None, seconds: float = 0.0) -> None:
-        """Prune matrices that share their inputs, write them, and report."""
-        started = time.perf_counter()
-        for pattern in dict.fromkeys(matrix.pattern for matrix in group):
-            stack = [matrix for matrix in group if matrix.pattern == pattern]
-            # The caller may have autocast on for the model's sake; the solver works in fp32.
-            with torch.autocast(stack[0].parameter.device.type, enabled=False), _threads_for(stack):
-                solutions, errors = self._solve_stack(stack, statistics)
-            for matrix, solution, error in zip(stack, solutions, errors, strict=True):
-                matrix.write(solution.weight)
-                spent = (time.perf_counter() - started + seconds) / len(group)
-                self._report(matrix, solution, error, statistics, spent)
-        self.spend("solve", time.perf_counter() - started)
-
-    def _solve_stack(
-        self, stack: Sequence[PrunableMatrix], statistics: Statistics | None
-    ) -> tuple[list[Solution], list[float | None]]:
-        names = ", ".join(matrix.name for matrix in stack)
-        weight = torch.cat([matrix.read().float() for matrix in stack])
-        if not weight.isfinite().all():
-            raise ValueError(f"The weights of {names} contain NaN or infinity: the checkpoint is damaged.")
-        if statistics is not None and not statistics.squared_norms.isfinite().all():
-            raise ValueError(
-                f"The inputs of {names} contain NaN or infinity: load the model in bfloat16 or float32 instead of "
-                "float16, and check that its weights and the calibration data are sound."
-            )
-        rows = [matrix.shape[0] for matrix in stack]
-        try:
-            solution = self.method.solve(weight, statistics, stack[0].pattern, self.config, rows)
-        except ValueError as error:
-            raise ValueError(f"{names}: {error}.") from error
-        errors: list[float | None] = [None] * len(stack)
-        if statistics is not None:
-            written = solution.weight.to(stack[0].parameter.dtype).float()
-            lost, energy = statistics.output_energy(weight - written), statistics.output_energy(weight)
-            errors = [
-                (part.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
-                for part, whole in zip(lost.split(rows), energy.split(rows), strict=True)
-            ]
-        parts = zip(solution.weight.split(rows), solution.mask.split(rows), strict=True)
-        return [Solution(part, mask, solution.damping) for part, mask in parts], errors
-
-    def _report(
-        self,
-        matrix: PrunableMatrix,
-        solution: Solution,
-        error: float | None,
-        statistics: Statistics | None,
-        seconds: float,
-    ) -> None:
-        notes = []
-        if solution.damping is not None and solution.damping > self.config.dampening_frac:
-            notes.append(f"damping was raised from {self.config.dampening_frac:g} to {solution.damping:g} to factor")
-        if statistics is not None and not statistics.squared_norms.any():
-            notes.append(f"its inputs were zero on all {statistics.num_tokens} calibration tokens")
-        for note in notes:
-            logger.warning("%s: %s.", matrix.name, note)
-        entry = MatrixReport(
-            name=matrix.name,
-            block=matrix.block,
-            shape=matrix.shape,
-            pattern=str(matrix.pattern),
-            zeros=int((matrix.read() == 0).sum()),
-            numel=matrix.parameter.numel(),
-            error=error,
-            num_tokens=0 if statistics is None else statistics.num_tokens,
-            damping=solution.damping,
-            seconds=seconds,
-            notes=tuple(notes),
-        )
-        self.report.matrices.append(entry)
-        self.progress.step(entry)
-
-    def _probe(self, owners: dict[nn.Module, PrunableMatrix]) -> tuple[Trace[PrunableMatrix], Estimate]:
-        """See on short batches in which order layers run and which share their inputs, and how long that takes."""
-        started = time.perf_counter()
-        plan = trace(self.forward, map(_shortened, self.batches), owners)
-        batch = _shortened(self.batches[0])
-        second = time.perf_counter()
-        self.forward(batch)  # the first forward paid for warming up
-        estimate = Estimate.of(plan, self.batches, batch, time.perf_counter() - second, self.config)
-        self.spend("probe", time.perf_counter() - started)
-        return plan, estimate
-
-    def _repeated(self, matrices: Sequence[PrunableMatrix]) -> None:
-        """Prune what runs several times per forward, on its inputs in the dense model from all its uses."""
-        if not matrices:
-            return
-        collector = _Collector([[matrix] for matrix in matrices], self)
-        for index, batch in enumerate(self.batches):
-            with collector.watching(index):
-                self.forward(batch)
-        self.spend("forward", collector.forward_seconds)
-        for members, statistics, seconds in collector.results():
-            self.solve(members, statistics, seconds)
-
-    def _by_group(self, plan: Trace[PrunableMatrix]) -> None:
-        """Fully sequential: stop wherever matrices receive a new input."""
-        groups = {plan.users[group[0]]: group for group in plan.groups}
-        with Lockstep(self.forward, self.batches, list(groups)) as lockstep:
-            for stop, calls in lockstep:
-                group = groups[stop]
-                started = time.perf_counter()
-                statistics = self.new_statistics(group[0])
-                for call in calls:
-                    self.add(group[0], statistics, module_input(call.args, call.kwargs), call.batch)
-                self.spend("statistics", seconds := time.perf_counter() - started)
-                self.solve(group, statistics, seconds)
-
-    def _by_block(self, model: nn.Module, plan: Trace[PrunableMatrix]) -> None:
-        """As the papers' code: all matrices of a block see the inputs they have before any of them is pruned."""
-        names = dict.fromkeys(matrix.block for group in plan.groups for matrix in group)
-        within = {module: name for name in names for module in model.get_submodule(name).modules()}
-        blocks: dict[str, list[Sequence[PrunableMatrix]]] = {}
-        for group in plan.groups:
-            for block in dict.fromkeys(within[plan.users[matrix]] for matrix in group):
-                members = [matrix for matrix in group if within[plan.users[matrix]] == block]
-                blocks.setdefault(block, []).append(members)
-        stops = {model.get_submodule(name): groups for name, groups in blocks.items()}
-        with Lockstep(self.forward, self.batches, list(stops)) as lockstep:
-            for stop, calls in lockstep:
-                collector = _Collector(stops[stop], self)
-                for call in calls:
-                    with collector.watching(call.batch):
-                        lockstep.run_stop(call, stop)
-                for alike, statistics, seconds in collector.results():
-                    if statistics.num_tokens:
-                        self.solve(alike, statistics, seconds)
-
-    def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
-        """Empty statistics for the inputs of a matrix."""
-        assert self.method.statistics is not None
-        return self.method.statistics(matrix.shape[1], matrix.parameter.device)
-
-    def add(self, matrix: PrunableMatrix, statistics: Statistics, inputs: torch.Tensor, batch: int) -> None:
-        """Add the inputs of a matrix on one batch to its statistics, without the batch's padding."""
-        mask = self.batches[batch].get("attention_mask")
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        # A mask with more dimensions says who attends to whom, not what is padding.
-        if mask is not None and mask.ndim == 2 and not mask.all():
-            if inputs.shape[:-1] not in (mask.shape, (mask.numel(),)):
-                raise ValueError(
-                    f"The inputs of {matrix.name}, of shape {tuple(inputs.shape)}, cannot be matched with the padding "
-                    f"mask of shape {tuple(mask.shape)}: pass calibration data without padding."
+                self._report.skipped[matrix.name] = (
+                    "did not run on the calibration data, or only past its first tokens"
                 )
-            flat = flat[mask.reshape(-1).bool().to(flat.device)]
-        # Between the devices of a device_map, inputs are moved only once the layer's own forward begins.
-        statistics.add(flat.to(matrix.parameter.device))
+        return [matrix for matrix in matrices if matrix.name in done]
 
-    def spend(self, phase: str, seconds: float) -> None:
-        """Add to the time of a phase."""
-        self.report.seconds[phase] = self.report.seconds.get(phase, 0.0) + seconds
+    def _probe(self, data_free: bool) -> Trace | None:
+        """See on short batches which weights are used, in which order, and which share their inputs."""
+        batches, blocks = map(_shortened, self._batches), find_blocks(self._model)
+        try:
+            with self._solver.timed("probe"):
+                return trace(self._forward, batches, self._model, self._parameters, blocks)
+        except Exception as error:
+            if data_free:
+                self._report.notes.append(
+                    f"The model does not run on {', '.join(self._batches[0])} ({error}): routers were not told "
+                    "from other layers and only nn.Linear and Conv1D were found. Pass dataset=[a batch it accepts]."
+                )
+                return None
+            given, taken = ", ".join(self._batches[0]), ", ".join(inspect.signature(self._model.forward).parameters)
+            error.add_note(
+                f"{type(self._model).__name__}.forward was called with {given}. It takes {taken}: pass batches that "
+                "the model runs on by itself, e.g. prune(model, dataset=data_loader)."
+            )
+            raise
 
+    def _calibrated(self, matrices: Sequence[PrunableMatrix], seen: Trace) -> None:
+        by_view = {matrix.view: matrix for matrix in matrices}
+        groups: dict[Stop, Group] = {
+            stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in seen.stops(by_view)
+        }
+        repeated: list[Group] = [[matrix] for matrix in matrices if matrix.view in seen.repeated]
+        self._progress.say(str(self._estimate([*filter(None, groups.values()), *repeated])))
 
-class _Collector:
-    """Collects the statistics of groups of matrices while something that contains them runs."""
+        clock, busy = Clock(), sum(self._report.seconds.values())
+        if repeated:
+            # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
+            self._solve_together(repeated, self._whole_forwards)
+        if self._config.true_sequential:
+            self._by_group(groups)
+        else:
+            self._by_block(groups, seen)
+        busy = sum(self._report.seconds.values()) - busy
+        self._solver.spend("forward", clock.elapsed - busy)
 
-    def __init__(self, groups: Sequence[Sequence[PrunableMatrix]], run: PruningRun) -> None:
-        self._run = run
-        self._groups = list(groups)
-        self._statistics = [run.new_statistics(group[0]) for group in groups]
-        self._seconds = [0.0] * len(groups)
-        self.forward_seconds = 0.0
+    def _estimate(self, groups: Sequence[Group]) -> Estimate:
+        batch = _shortened(self._batches[0])
+        with self._solver.timed("probe") as clock:
+            self._forward(batch)  # the probe has paid for warming up
+            seconds = clock.elapsed
+        return Estimate.of(groups, self._batches, batch, seconds, self._config)
+
+    # The ways through the model.
+
+    def _by_group(self, groups: Mapping[Stop, Group]) -> None:
+        """Fully sequential: stop wherever matrices receive a new input."""
+        with self._lockstep(groups, groups) as lockstep:
+            for stop, calls in lockstep:
+                if isinstance(stop, str):
+                    self._feed_experts(lockstep, stop, calls, groups)
+                else:
+                    self._solve_parked(groups[stop], calls)
+        self._name_late(lockstep, groups)
+
+    def _by_block(self, groups: Mapping[Stop, Group], seen: Trace) -> None:
+        """As the papers' code: all matrices of a block see the inputs they have before any of them is pruned."""
+        stages: dict[Stop, list[Group]] = {}
+        for stop, group in groups.items():
+            for block in dict.fromkeys(seen.blocks[matrix.view] for matrix in group):
+                members = [matrix for matrix in group if seen.blocks[matrix.view] == block]
+                stages.setdefault(stop if block is None else block, []).append(members)
+        outside: dict[Stop, Group] = {stop: stages[stop][0] for stop in stages if not isinstance(stop, str)}
+        entries = [stop for stop in groups if isinstance(stop, str)]
+        with self._lockstep(stages, outside) as lockstep:
+            for stop, calls in lockstep:
+                if isinstance(stop, str):
+                    self._solve_block(lockstep, stop, calls, stages[stop], entries)
+                else:
+                    self._solve_parked(outside[stop], calls)
+        self._name_late(lockstep, outside)
 
     @contextmanager
-    def watching(self, batch: int) -> Iterator[None]:
-        """While the body runs batch `batch`, add the inputs of each group's first matrix to its statistics."""
+    def _lockstep(self, stops: Iterable[Stop], groups: Mapping[Stop, Group]) -> Iterator[Lockstep]:
+        """Forwards that park where they enter the modules among `stops`, and where they use one of `groups`."""
+        stop_of = {matrix.view: stop for stop, group in groups.items() for matrix in group}
 
-        def hook(index: int) -> Callable[..., None]:
-            def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                began = time.perf_counter()
-                self._run.add(self._groups[index][0], self._statistics[index], module_input(args, kwargs), batch)
-                self._seconds[index] += time.perf_counter() - began
+        def park(use: Use) -> None:
+            if use.view in stop_of:
+                lockstep.park(stop_of[use.view], use)
 
-            return add
+        def forward(index: int) -> None:
+            with self._watching(index, park):
+                self._forward(self._batches[index])
+
+        lockstep = Lockstep(forward, len(self._batches), stops)
+        entered = {name: partial(lockstep.park, name) for name in stops if isinstance(name, str)}
+        with self._at_entries(entered), lockstep:
+            yield lockstep
+
+    @contextmanager
+    def _at_entries(self, entered: Mapping[str, Callable[[Arguments], Any]]) -> Iterator[None]:
+        """Call a function with the arguments whenever the module of its name is entered."""
+
+        def enter(function: Callable[[Arguments], Any], _: nn.Module, *arguments: Any) -> None:
+            function(arguments)  # what a hook returns would become the new arguments
 
         handles = [
-            module.register_forward_pre_hook(hook(index), with_kwargs=True)
-            for index, group in enumerate(self._groups)
-            for module in group[0].modules
+            self._model.get_submodule(name).register_forward_pre_hook(partial(enter, function), with_kwargs=True)
+            for name, function in entered.items()
         ]
-        started, spent = time.perf_counter(), sum(self._seconds)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        spent = sum(self._seconds) - spent
-        self._run.spend("statistics", spent)
-        self.forward_seconds += time.perf_counter() - started - spent
 
-    def results(self) -> Iterator[tuple[Sequence[PrunableMatrix], Statistics, float]]:
-        """Each group, its statistics and the seconds they took; the collector lets go of them."""
-        for group, seconds in zip(self._groups, self._seconds, strict=True):
-            yield group, self._statistics.pop(0), seconds
+    def _watching(self, index: int, on_use: Callable[[Use], None]) -> WeightUses:
+        """A context that reports uses in the forward of a batch."""
+        padding = self._paddings[index]
+        if not padding:
+            return WeightUses(self._parameters, on_use)
+
+        def note(use: Use) -> None:
+            padding.saw_use(use.inputs, use.view.part)
+            on_use(use)
+
+        return WeightUses(self._parameters, note, padding.saw_call)
+
+    def _name_late(self, lockstep: Lockstep, groups: Mapping[Stop, Group]) -> None:
+        for stop, batches in lockstep.late.items():
+            late = f"{batches} of {len(self._batches)} batches came to it only after it was pruned and do not count"
+            self._report.notes += [f"{matrix.name}: {late}" for matrix in groups[stop]]
+
+    # Statistics at single stops.
+
+    def _solve_parked(self, group: Group, calls: Sequence[Call]) -> None:
+        """Prune matrices at whose inputs batches are parked."""
+        with self._solver.timed("statistics") as clock:
+            statistics = self._solver.new_statistics(group[0])
+            num_layer = sum(self._add(statistics, call.payload, call.batch) for call in calls)
+            share = (
+                self._layer_share(statistics, group[0], num_layer) if calls[0].payload.together is not None else 0.0
+            )
+            if share:
+                layer = self._solver.new_statistics(group[0])
+                for call in calls:
+                    for inputs in call.payload.together:
+                        self._add(layer, replace(call.payload, inputs=inputs), call.batch)
+                statistics = statistics.blended(layer, share)
+            seconds = clock.elapsed
+        self._solver.write(self._solver.solve(group, statistics, seconds, share))
+
+    def _add(self, statistics: Statistics, use: Use, batch: int) -> int:
+        """Add the inputs of a matrix on one batch to its statistics, without the batch's padding.
+
+        Returns:
+            The number of tokens, those among them that are routed to another expert.
+        """
+        flat = use.inputs.reshape(-1, use.inputs.shape[-1])
+        # The padding of a text says nothing about the images beside it.
+        if not self._text or any(use.view.parameter.startswith(f"{name}.") for name in self._text):
+            try:
+                keep = self._paddings[batch].keep(use.inputs, use.view.part)
+            except ValueError as error:
+                raise ValueError(f"{use.view.parameter}: {error}.") from error
+            flat = flat if keep is None else flat[keep]
+        # Where one product takes all experts, a token is zero for those that it is not routed to.
+        statistics.add(flat if use.together is None else flat[flat.any(dim=1)])
+        return len(flat)
+
+    # Experts with few tokens.
+
+    def _layer_share(self, own: Statistics, matrix: PrunableMatrix, num_layer: int) -> float:
+        """The share of the layer's statistics in those of an expert: the fewer tokens of its own, the higher."""
+        if self._config.calibrate_all_experts:
+            return 1.0
+        enough = self._config.min_expert_tokens or own.enough_tokens(matrix.shape[1])
+        return max(0.0, 1 - own.num_tokens / enough) if own.num_tokens < num_layer else 0.0
+
+    def _feed_experts(
+        self, lockstep: Lockstep, name: str, calls: Sequence[Call], groups: Mapping[Stop, Group]
+    ) -> None:
+        """Prune the experts of a module that few or no tokens are routed to, before any token goes there."""
+        experts = self._experts(lockstep, name, {call.batch: call.payload for call in calls})
+        by_expert: dict[int, list[tuple[Stop, Group]]] = defaultdict(list)
+        for stop, group in groups.items():
+            if group and group[0].is_part and experts.hold(group[0].view):
+                by_expert[group[0].view.part].append((stop, group))
+        for expert, mine in by_expert.items():
+            counted = self._solver.new_statistics(mine[0][1][0])
+            counted.num_tokens = experts.num_routed(expert)
+            shares = [self._layer_share(counted, group[0], experts.num_tokens) for _, group in mine]
+            # All matrices of an expert or none, so that each one sees what comes out of those before it.
+            for (stop, group), share in zip(mine, shares, strict=True) if any(shares) else ():
+                with self._solver.timed("statistics") as clock:
+                    own = self._solver.new_statistics(group[0])
+                    if share < 1 and counted.num_tokens:
+                        own = self._shown(experts, group[0], everyone=False)
+                    own.num_tokens = counted.num_tokens
+                    layer = self._shown(experts, group[0], everyone=True) if share else own
+                    seconds = clock.elapsed
+                if layer.num_tokens:  # it has none if the expert does nothing with its tokens
+                    blended = own.blended(layer, share) if share else own
+                    self._solver.write(self._solver.solve(group, blended, seconds, share))
+                    lockstep.drop(stop)
+
+    def _experts(self, lockstep: Lockstep, name: str, calls: Mapping[int, Arguments]) -> Experts:
+        """The experts of a module, with the tokens that it was called with."""
+        module = self._model.get_submodule(name)
+        routed = []
+        for batch, (args, kwargs) in calls.items():
+            tokens = Routed.of(module, args, kwargs)
+            assert tokens is not None  # or the trace would not have named it
+            keep = self._paddings[batch].keep(tokens.arguments[tokens.tokens])
+            routed.append((batch, replace(tokens, keep=keep)))
+        return Experts(name, module, routed, lockstep.call)
+
+    def _shown(self, experts: Experts, matrix: PrunableMatrix, everyone: bool) -> Statistics:
+        """Statistics of an expert that is shown its own tokens, or those of all."""
+        statistics = self._solver.new_statistics(matrix)
+        for inputs in experts.inputs(matrix.parameter, matrix.view, everyone):
+            statistics.add(inputs)
+        return statistics
+
+    # Statistics of many matrices at once.
+
+    def _whole_forwards(self, on_use: OnUse) -> None:
+        for index, batch in enumerate(self._batches):
+            with self._watching(index, partial(on_use, index)):
+                self._forward(batch)
+
+    def _solve_block(
+        self, lockstep: Lockstep, block: str, calls: Sequence[Call], groups: Sequence[Group], entries: Sequence[str]
+    ) -> None:
+        """Prune the matrices of a block at whose entry batches are parked."""
+        entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
+
+        def forwards(on_use: OnUse) -> None:
+            for call in calls:
+                notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
+                run = partial(self._run_watched, self._model.get_submodule(block), call.batch, on_use)
+                args, kwargs = call.payload
+                with self._at_entries(notes):
+                    lockstep.call(call.batch, run, args, kwargs)
+
+        @cache
+        def modules() -> list[Experts]:
+            return [self._experts(lockstep, name, batches) for name, batches in entered.items() if batches]
+
+        def experts(matrix: PrunableMatrix) -> Experts | None:
+            return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
+
+        self._solve_together(groups, forwards, experts)
+
+    def _run_watched(self, module: nn.Module, batch: int, on_use: OnUse, *args: Any, **kwargs: Any) -> None:
+        with self._watching(batch, partial(on_use, batch)):
+            module(*args, **kwargs)
+
+    def _solve_together(
+        self,
+        groups: Sequence[Group],
+        forwards: Callable[[OnUse], None],
+        experts: Callable[[PrunableMatrix], Experts | None] = lambda matrix: None,
+    ) -> None:
+        """Prune matrices on the inputs that all of them have before any of them is written.
+
+        If their statistics do not fit in memory together, the forwards are run several times.
+
+        Args:
+            groups: Matrices that share their inputs.
+            forwards: Runs all forwards, calling a function with the index of a batch and each of its uses.
+            experts: Once the forwards have run, gives the experts that a matrix belongs to, if any.
+        """
+        solved: list[Solved] = []
+        for chunk in self._chunks(groups):
+            tallies = self._collect(chunk, forwards)
+            while tallies:
+                group, tally = chunk[-len(tallies)], tallies.pop(0)
+                solved += self._solve_tally(group, tally, forwards, experts)
+        self._solver.write(solved)
+
+    def _solve_tally(
+        self,
+        group: Group,
+        tally: _Tally,
+        forwards: Callable[[OnUse], None],
+        experts: Callable[[PrunableMatrix], Experts | None],
+    ) -> list[Solved]:
+        own, matrix, share = tally.statistics, group[0], 0.0
+        with self._solver.timed("statistics") as clock:
+            layer, module = own, experts(matrix)
+            if tally.num_together:
+                share = self._layer_share(own, matrix, tally.num_together)
+                if share:
+                    layer = self._solver.new_statistics(matrix)
+                    forwards(partial(self._add_parts, layer, matrix.view.parameter))
+            elif module is not None:
+                share = self._layer_share(own, matrix, module.num_tokens)
+                layer = self._shown(module, matrix, everyone=True) if share else own
+            seconds = tally.seconds + clock.elapsed
+        if not layer.num_tokens:
+            return []  # it did not run
+        return self._solver.solve(group, own.blended(layer, share) if share else own, seconds, share)
+
+    def _add_parts(self, statistics: Statistics, parameter: str, batch: int, use: Use) -> None:
+        """Add the inputs of all matrices in a parameter."""
+        if use.view.parameter == parameter:
+            self._add(statistics, use, batch)
+
+    def _chunks(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Groups whose statistics fit in memory together."""
+        chunk: list[Group] = []
+        room = 0.0
+        for group in groups:
+            assert self._solver.statistics is not None
+            size = 4 * math.prod(self._solver.statistics.shape(group[0].shape[1]))
+            if chunk and size > room:
+                yield chunk
+                chunk = []
+            if not chunk:
+                room = MEMORY_SHARE * available_memory(group[0].parameter.device)
+            chunk.append(group)
+            room -= size
+        if chunk:
+            yield chunk
+
+    def _collect(self, groups: Sequence[Group], forwards: Callable[[OnUse], None]) -> list[_Tally]:
+        """Statistics of the inputs of each group along forwards."""
+        tallies = [_Tally(self._solver.new_statistics(group[0])) for group in groups]
+        index_of = {matrix.view: index for index, group in enumerate(groups) for matrix in group}
+        counted: dict[tuple[int, int], View] = {}
+
+        def on_use(batch: int, use: Use) -> None:
+            index = index_of.get(use.view)
+            # Of matrices that share their inputs, the first to be used counts.
+            if index is None or counted.setdefault((index, batch), use.view) != use.view:
+                return
+            with self._solver.timed("statistics") as clock:
+                tally = tallies[index]
+                num_tokens = self._add(tally.statistics, use, batch)
+                tally.num_together += 0 if use.together is None else num_tokens
+                tally.seconds += clock.elapsed
+
+        clock, busy = Clock(), self._report.seconds.get("statistics", 0.0)
+        forwards(on_use)
+        busy = self._report.seconds.get("statistics", 0.0) - busy
+        self._solver.spend("forward", clock.elapsed - busy)
+        return tallies
 
 
-@contextmanager
-def _threads_for(stack: Sequence[PrunableMatrix]) -> Iterator[None]:
-    """As many CPU threads as solving the stacked matrices can use."""
-    threads = torch.get_num_threads()
-    if sum(matrix.parameter.numel() for matrix in stack) <= ONE_THREAD:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+@dataclass
+class _Tally:
+    """Statistics of the inputs of a group, and the seconds they took."""
+
+    statistics: Statistics
+    seconds: float = 0.0
+    num_together: int = 0  # tokens that went through a product with all experts
 
 
-def _forward(model: PreTrainedModel) -> Callable[[Mapping[str, Any]], None]:
+def _forward(model: nn.Module) -> Callable[[Mapping[str, Any]], None]:
     """A function that runs the model on a batch, on the device of its embeddings and without a cache."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     device = next(model.parameters()).device

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Self
+
 import torch
 
 # Columns per panel of the Gram matrix: only panels on and above the diagonal are computed, which halves the work,
@@ -9,81 +13,129 @@ import torch
 PANEL = 256
 
 
-class NormStatistics:
-    """Sum of squares of each input feature over all tokens (all that Wanda needs).
+class Statistics(ABC):
+    """Sums over the inputs of a layer.
 
     Args:
         in_features: Width of the inputs.
         device: Where the sums are kept.
+
+    Attributes:
+        num_tokens: How many tokens were added.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.num_tokens = 0
-        self._squared_norms = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
 
+    @staticmethod
+    @abstractmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        """Shape of the sums, which are fp32."""
+
+    @staticmethod
+    @abstractmethod
+    def enough_tokens(in_features: int) -> int:
+        """How many tokens are enough for an expert to be pruned on its own statistics alone."""
+
+    @abstractmethod
     def add(self, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, `[tokens, in_features]` of any float dtype."""
-        self.num_tokens += inputs.shape[0]
-        self._squared_norms += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_()
 
     @property
+    @abstractmethod
     def squared_norms(self) -> torch.Tensor:
         """`[in_features]` fp32: squared norm of each input feature."""
-        return self._squared_norms
 
-    def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
-        """Squared norm of each output, `[rows]`, as if the input features were uncorrelated.
-
-        Args:
-            weight: `[rows, in_features]` fp32.
-        """
-        return weight.square() @ self.squared_norms
-
-
-class GramStatistics:
-    """The Gram matrix X^T X of a layer's inputs, summed over all tokens without scaling.
-
-    Half-precision inputs have exact products in fp32, which scaling them first would destroy.
-
-    Args:
-        in_features: Width of the inputs.
-        device: Where the sums are kept.
-    """
-
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.num_tokens = 0
-        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._gram: torch.Tensor | None = None
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add the inputs of a layer, `[tokens, in_features]` of any float dtype."""
-        self.num_tokens += inputs.shape[0]
-        self._gram = None
-        inputs = inputs.float()
-        for start in range(0, inputs.shape[1], PANEL):
-            panel = inputs[:, start : start + PANEL]
-            self._upper[start : start + PANEL, start:].addmm_(panel.T, inputs[:, start:])
-
-    @property
-    def gram(self) -> torch.Tensor:
-        """`[in_features, in_features]` fp32, symmetric to the bit."""
-        if self._gram is None:
-            upper = self._upper.triu()
-            self._gram = upper + upper.triu(1).T
-        return self._gram
-
-    @property
-    def squared_norms(self) -> torch.Tensor:
-        """`[in_features]` fp32: squared norm of each input feature."""
-        return self._upper.diagonal()
-
+    @abstractmethod
     def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """Squared norm of each output over the calibration tokens, `[rows]`.
 
         Args:
             weight: `[rows, in_features]` fp32.
         """
+
+    def blended(self, layer: Self, share: float) -> Self:
+        """The statistics of an expert with few tokens, shrunk towards those of its whole layer.
+
+        Args:
+            layer: Those of all tokens of the layer.
+            share: What the layer's mean over tokens has of the result, in [0, 1].
+
+        Returns:
+            Statistics with the `num_tokens` of the expert, scaled as sums over so many tokens (at least one).
+        """
+        result = type(self)(self._sums.shape[-1], self._sums.device)
+        result.num_tokens = self.num_tokens
+        scale = share * max(self.num_tokens, 1) / max(layer.num_tokens, 1)
+        result._sums = (1 - share) * self._sums + scale * layer._sums
+        return result
+
+
+class NormStatistics(Statistics):
+    """Sum of squares of each input feature over all tokens (all that Wanda needs)."""
+
+    @staticmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        """As in `Statistics`."""
+        return (in_features,)
+
+    @staticmethod
+    def enough_tokens(in_features: int) -> int:
+        """As in `Statistics`: with 64 tokens a norm of independent features is known to about a tenth."""
+        return 64
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """As in `Statistics`."""
+        self.num_tokens += inputs.shape[0]
+        self._sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_()
+
+    @property
+    def squared_norms(self) -> torch.Tensor:
+        """As in `Statistics`."""
+        return self._sums
+
+    def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        """As in `Statistics`, but as if the input features were uncorrelated."""
+        return weight.square() @ self.squared_norms
+
+
+class GramStatistics(Statistics):
+    """The Gram matrix X^T X of a layer's inputs, summed over all tokens without scaling.
+
+    Half-precision inputs have exact products in fp32, which scaling them first would destroy.
+    """
+
+    @staticmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        """As in `Statistics`."""
+        return (in_features, in_features)
+
+    @staticmethod
+    def enough_tokens(in_features: int) -> int:
+        """As in `Statistics`: with fewer tokens than features the Gram matrix is singular."""
+        return in_features
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """As in `Statistics`."""
+        self.num_tokens += inputs.shape[0]
+        vars(self).pop("gram", None)
+        inputs = inputs.float()
+        for start in range(0, inputs.shape[1], PANEL):
+            panel = inputs[:, start : start + PANEL]
+            self._sums[start : start + PANEL, start:].addmm_(panel.T, inputs[:, start:])
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """`[in_features, in_features]` fp32, symmetric to the bit."""
+        upper = self._sums.triu()
+        return upper + upper.triu(1).T
+
+    @property
+    def squared_norms(self) -> torch.Tensor:
+        """As in `Statistics`."""
+        return self._sums.diagonal()
+
+    def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
+        """As in `Statistics`."""
         return ((weight @ self.gram) * weight).sum(dim=1)
-
-
-Statistics = NormStatistics | GramStatistics

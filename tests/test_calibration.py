@@ -19,26 +19,44 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    T5EncoderModel,
+    WhisperFeatureExtractor,
+    WhisperForAudioClassification,
+    WhisperProcessor,
+)
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
 
 from optimum_sparse.calibration import Calibration, load_calibration
 from optimum_sparse.config import SparseConfig
+from tests.beyond_text import FRAMES, IMAGE_TOKEN, MELS, MODELS, random_model
 from tests.helpers import VOCABULARY, tiny_model
 
 PAD, BOS, EOS = 0, 1, 2
+RATE = 16_000  # of sound, in Hz
 DOCUMENTS = ["10 11 12", "13 14", "15 16 17 18"]
 # The documents joined with EOS are 10 11 12 2 | 13 14 2 15 | 16 17 18: two windows of 4.
 WINDOWS = [[10, 11, 12, EOS], [13, 14, EOS, 15]]
 
 
-def word_tokenizer(template: str | None = None, eos: bool = True) -> PreTrainedTokenizerFast:
+def word_tokenizer(template: str | None = None, eos: bool = True, sep: bool = False) -> PreTrainedTokenizerFast:
     """One token per word: the word "17" is token 17. `template` adds special tokens, as in "<s> $A </s>"."""
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
     words = Tokenizer(WordLevel(special | {str(number): number for number in range(3, 1000)}, unk_token="<pad>"))
     words.pre_tokenizer = WhitespaceSplit()
     if template:
         words.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>" if eos else None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>" if eos else None, sep_token="</s>" if sep else None
+    )
 
 
 def words(numbers) -> str:
@@ -66,10 +84,11 @@ def llama():
     [
         (word_tokenizer(), WINDOWS),
         (word_tokenizer(eos=False), [[10, 11, 12, 13], [14, 15, 16, 17]]),
+        (word_tokenizer(eos=False, sep=True), WINDOWS),
         (word_tokenizer("<s> $A"), [[1, 10, 11, 12], [2, 1, 13, 14], [2, 1, 15, 16]]),
         (word_tokenizer("$A </s>"), [[10, 11, 12, 2], [13, 14, 2, 15], [16, 17, 18, 2]]),
     ],
-    ids=["eos", "no eos", "bos and eos between", "eos by the tokenizer"],
+    ids=["eos", "no eos", "sep", "bos and eos between", "eos by the tokenizer"],
 )
 def test_documents_are_joined_and_cut_into_windows(llama, tokenizer, expected):
     calibration = load(DOCUMENTS, tokenizer, llama, seqlen=4, num_samples=len(expected))
@@ -470,13 +489,367 @@ def test_last_batch_that_cannot_be_cut(llama, extra):
         (iter([{"input_ids": [5, 6]}]), ValueError, r"'input_ids' in batch 0 .*integer tensor.* got list"),
         (iter([{"input_ids": torch.tensor([5, 6])}]), ValueError, r"\[rows, tokens\], got \[2\] of torch.int64"),
         (iter([{"input_ids": torch.ones(2, 2)}]), ValueError, r"got \[2, 2\] of torch.float32"),
-        (iter([{"tokens": torch.ones(2, 2)}]), ValueError, r"'input_ids' in batch 0 .* got NoneType"),
+        (iter([{"tokens": [5, 6]}]), ValueError, r"Batch 0 .* no tensor with a row .* only \[tokens: list\]"),
+        (iter([{"attention_mask": torch.ones(2, 2)}]), ValueError, r"Batch 0 .* no tensor with a row"),
+        (iter([{"input_ids": torch.ones(0, 2).long()}]), ValueError, r"no tensor .* \[input_ids: \[0, 2\] of torch"),
         (iter([]), ValueError, r"hold no rows"),
     ],
 )
 def test_bad_batches(llama, batches, error, message):
     with pytest.raises(error, match=message):
         load_calibration(SparseConfig(), llama, None, batches)
+
+
+# Batches without tokens, and models that are no causal language models
+
+
+def test_hand_written_decoder():
+    model, _ = MODELS["plain"]()
+    assert not hasattr(model, "config")
+    from_tokens = load_calibration(SparseConfig(num_samples=2), model, None, [{"input_ids": row} for row in WINDOWS])
+    from_text = load(DOCUMENTS, model=model, seqlen=4, num_samples=2)
+    assert rows(from_tokens) == rows(from_text) == WINDOWS
+    assert model(**from_text.batches[0]).shape == (2, 4, VOCABULARY)
+    assert load([words([7] * 2100)], model=model, num_samples=1).record["seqlen"] == 2048
+    # How many ids it knows cannot be seen from outside.
+    assert rows(load([words([500] * 4)], model=model, seqlen=4, num_samples=1)) == [[500] * 4]
+
+
+def test_hand_written_model_with_other_inputs():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = Doubled(4, 4)
+    numbers = torch.arange(12.0).view(3, 4)
+    calibration = load_calibration(SparseConfig(num_samples=3), model, None, [{"x": numbers}])
+    assert torch.equal(calibration.batches[0]["x"], numbers)
+    with pytest.raises(ValueError, match=r"Doubled takes x and no input_ids, .* \(3 texts\): give batches"):
+        load(DOCUMENTS, model=model)
+
+
+@pytest.mark.parametrize("kind", ["list", "DataLoader", "generator"])
+def test_batches_of_images(kind):
+    model, _ = MODELS["vit"]()
+    pixels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = [{"pixel_values": pixels[:3], "labels": None, "note": "x"}, {"pixel_values": pixels[3:]}]
+    data = {"list": batches, "DataLoader": DataLoader(batches, batch_size=None), "generator": (b for b in batches)}[
+        kind
+    ]
+    calibration = load_calibration(SparseConfig(num_samples=4), model, None, data)
+    first, second = calibration.batches
+    assert set(first) == {"pixel_values", "labels", "note"}
+    assert torch.equal(torch.cat([first["pixel_values"], second["pixel_values"]]), pixels[:4])
+    assert calibration.record == {
+        "dataset": "2 batches" if kind == "list" else kind,
+        "num_samples": 4,
+        "seqlen": None,
+        "num_tokens": None,
+        "seed": 0,
+        "sha256": hashlib.sha256(pixels[:4].numpy().tobytes()).hexdigest(),
+    }
+    halved = load_calibration(SparseConfig(num_samples=4), model, None, {"pixel_values": pixels[:4].bfloat16()})
+    rounded = pixels[:4].bfloat16().float().numpy().tobytes()
+    assert halved.record["sha256"] == hashlib.sha256(rounded).hexdigest()
+    assert halved.batches[0]["pixel_values"].dtype == torch.bfloat16
+
+
+def test_rows_are_those_of_the_main_input():
+    """Of Whisper, the features, whatever comes first; without a main input, its embeddings; never a mask."""
+    whisper, ((batch), *_) = MODELS["whisper"]()
+    features = batch["input_features"]
+    given = {"decoder_input_ids": batch["decoder_input_ids"][:1], "input_features": features}
+    calibration = load_calibration(SparseConfig(num_samples=2), whisper, None, [given])
+    assert calibration.record["num_samples"] == 2
+    assert calibration.record["sha256"] == hashlib.sha256(features.numpy().tobytes()).hexdigest()
+
+    embeds = torch.randn(3, 5, 32)
+    given = {"attention_mask": torch.ones(1, 5), "position_ids": torch.arange(5), "inputs_embeds": embeds}
+    calibration = load_calibration(SparseConfig(num_samples=3), tiny_model(), None, [given])
+    assert calibration.record["num_samples"] == 3
+    assert calibration.record["seqlen"] is None
+
+
+def test_batches_of_images_and_text():
+    model, batches = MODELS["llava_mixed"]()
+    calibration = load_calibration(SparseConfig(num_samples=8), model, None, batches)
+    for batch, given in zip(calibration.batches, batches, strict=True):
+        assert set(batch) == set(given)
+        assert all(torch.equal(batch[name], given[name]) for name in given)
+    assert calibration.record["dataset"] == "4 batches"
+    assert calibration.record["seqlen"] == 24
+    assert calibration.record["num_tokens"] == 4 * 2 * 24
+    # Ids that stand for an image need no embedding, those of text do.
+    batches[1]["input_ids"][batches[1]["input_ids"] == IMAGE_TOKEN] = VOCABULARY + 3
+    load_calibration(SparseConfig(num_samples=8), model, None, batches)
+    batches[0]["input_ids"][0, 0] = VOCABULARY + 3
+    with pytest.raises(ValueError, match=rf"Token id {VOCABULARY + 3} is outside"):
+        load_calibration(SparseConfig(num_samples=8), model, None, batches)
+
+
+def test_text_tower_is_calibrated_on_text():
+    model, _ = MODELS["llava"]()
+    calibration = load(DOCUMENTS, model=model, seqlen=4, num_samples=2)
+    assert rows(calibration) == WINDOWS
+    assert set(calibration.batches[0]) == {"input_ids"}
+
+
+@pytest.mark.parametrize("name", ["whisper", "vit", "convnext"])
+@pytest.mark.parametrize(
+    "dataset", ["c4", None, DOCUMENTS, [{"input_ids": [5, 6]}]], ids=["c4", "default", "texts", "tokens"]
+)
+def test_text_for_a_model_that_takes_none(name, dataset):
+    model, _ = MODELS[name]()
+    message = rf"{type(model).__name__} takes (input_features|pixel_values) and no input_ids, .* for its processor"
+    with pytest.raises(ValueError, match=message):
+        load(dataset, model=model)
+
+
+# Processors
+
+
+class Pixels(ImageProcessingMixin):
+    """Cuts images of 20 x 24 pixels, `[20, 24, 3]`, to 16 x 16; unlike Transformers' own, without Pillow."""
+
+    model_input_names = ("pixel_values",)
+
+    def __call__(self, images, scale=255, return_tensors=None):
+        images = torch.from_numpy(numpy.asarray(images).reshape(-1, 20, 24, 3))
+        pixels = (images[:, :16, :16] / scale).permute(0, 3, 1, 2).float()
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+def random_images(count: int) -> numpy.ndarray:
+    return numpy.random.RandomState(0).randint(0, 256, (count, 20, 24, 3), dtype=numpy.uint8)
+
+
+def whisper_processor() -> WhisperProcessor:
+    extractor = WhisperFeatureExtractor(feature_size=MELS, chunk_length=1, hop_length=RATE // FRAMES)
+    return WhisperProcessor(extractor, word_tokenizer())
+
+
+def test_images_by_an_image_processor():
+    model, _ = MODELS["vit"]()
+    images = random_images(4)
+    items = [{"images": images[0]}, {"images": list(images[1:3])}, {"images": images[3]}]
+    calibration = load_calibration(SparseConfig(num_samples=3), model, Pixels(), items)
+    expected = torch.from_numpy(images[:3, :16, :16] / 255).permute(0, 3, 1, 2).float()
+    assert [len(batch["pixel_values"]) for batch in calibration.batches] == [1, 2]
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in calibration.batches]), expected)
+    assert calibration.record["dataset"] == "3 items"
+    assert calibration.record["num_samples"] == 3
+    assert json.loads(json.dumps(calibration.record)) == calibration.record
+    assert model(**calibration.batches[0]).logits.isfinite().all()
+
+
+def test_images_by_a_processor_of_transformers():
+    pytest.importorskip("PIL", reason="the image processors of Transformers need Pillow")
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    model, _ = MODELS["vit"]()
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    images = random_images(2)
+    calibration = load_calibration(
+        SparseConfig(num_samples=2), model, processor, [{"images": image} for image in images]
+    )
+    expected = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in calibration.batches]), expected)
+    assert model(**calibration.batches[0]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream", "jsonl"])
+def test_rows_with_images(tmp_path, kind):
+    model, _ = MODELS["vit"]()
+    images = random_images(2)
+    data = datasets.Dataset.from_list([{"images": image.tolist(), "scale": 255} for image in images])
+    if kind == "stream":
+        data = data.to_iterable_dataset()
+    elif kind == "jsonl":
+        data = write_jsonl(tmp_path / "data.jsonl", list(data))
+    calibration = load_calibration(SparseConfig(num_samples=2), model, Pixels(), data)
+    found = torch.cat([batch["pixel_values"] for batch in calibration.batches])
+    expected = Pixels()(list(images), return_tensors="pt")["pixel_values"]
+    assert sorted(found.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())  # a stream is shuffled
+
+
+def test_sound_and_text_by_a_processor():
+    model, _ = MODELS["whisper"]()
+    processor = whisper_processor()
+    sound = numpy.sin(numpy.arange(4000) / 7).astype(numpy.float32)
+    item = {"audio": sound, "sampling_rate": RATE, "text": "10 11 12"}
+    calibration = load_calibration(SparseConfig(num_samples=1), model, processor, item)
+    (batch,) = calibration.batches
+    expected = processor.feature_extractor(sound, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    assert torch.equal(batch["input_features"], expected)
+    assert expected.shape == (1, MELS, FRAMES)
+    assert batch["labels"].tolist() == [[10, 11, 12]]
+    assert "decoder" not in calibration.record
+    assert model(**batch).loss.isfinite()
+
+
+def test_sound_without_text_leaves_the_decoder_without_inputs():
+    model, _ = MODELS["whisper"]()
+    item = {"raw_speech": numpy.zeros(4000), "sampling_rate": RATE}
+    extractor = whisper_processor().feature_extractor
+    with pytest.raises(ValueError, match=r"Batch 0 .* nothing for the decoder of Whisper.*\[input_features\].*'text'"):
+        load_calibration(SparseConfig(num_samples=1), model, extractor, [item])
+
+
+def test_what_a_processor_makes_has_the_type_of_the_model():
+    model = MODELS["vit"]()[0].bfloat16()
+    calibration = load_calibration(SparseConfig(num_samples=1), model, Pixels(), {"images": random_images(1)[0]})
+    assert calibration.batches[0]["pixel_values"].dtype == torch.bfloat16
+    assert model(**calibration.batches[0]).logits.isfinite().all()
+
+
+def test_text_with_a_processor(llama):
+    processor = whisper_processor()
+    for data in (DOCUMENTS, datasets.Dataset.from_list(TEXT_ROWS)):
+        assert rows(load_calibration(SparseConfig(seqlen=4, num_samples=2), llama, processor, data)) == WINDOWS
+    with pytest.raises(ValueError, match=r"\(3 texts\) are text, but Pixels has no tokenizer"):
+        load_calibration(SparseConfig(), llama, Pixels(), DOCUMENTS)
+
+
+def test_ready_batches_are_not_processed():
+    model, batches = MODELS["vit"]()
+    calibration = load_calibration(SparseConfig(num_samples=6), model, Pixels(), batches)
+    assert all(
+        batch["pixel_values"].equal(given["pixel_values"])
+        for batch, given in zip(calibration.batches, batches, strict=True)
+    )
+    assert rows(load_calibration(SparseConfig(), tiny_model(), whisper_processor(), {"input_ids": [5, 6]})) == [[5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("item", "cause", "message"),
+    [
+        ({"image": 1}, TypeError, r"keys \[image\] \(TypeError: .*'image'.*\(images, scale, return_tensors\): rename"),
+        ({"images": "?"}, ValueError, r"keys \[images\] \("),
+        ({"images": numpy.zeros((20, 24, 3)), "return_tensors": "np"}, TypeError, r"multiple values"),
+    ],
+)
+def test_item_that_the_processor_refuses(item, cause, message):
+    model, _ = MODELS["vit"]()
+    data = [{"images": random_images(1)[0]}, item]
+    with pytest.raises(ValueError, match=rf"(?s)Pixels refuses item 1 of the calibration data, .*{message}") as caught:
+        load_calibration(SparseConfig(), model, Pixels(), data)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+@pytest.mark.parametrize(("key", "value"), [("image", "photo.png"), ("picture", [1])])
+def test_what_a_processor_would_ignore_is_refused(key, value):
+    """Those of Transformers take any keyword, and go on without it if they do not know it."""
+
+    class Both(ProcessorMixin):
+        model_input_names = ("input_ids", "pixel_values")
+
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, images=None, text=None, return_tensors=None, **options):
+            self.seen.append(options)
+            return {"input_ids": torch.tensor([[5, 6]]), "pixel_values": torch.ones(1, 3)}
+
+    processor, options = Both(), {"padding": True, "size": {"height": 2}, "suffix": "10"}
+    data = [{"text": "10", "images": [1], **options}, {"text": "11", key: value}]
+    with pytest.raises(
+        ValueError, match=rf"item 1 .* no argument '{key}'\).* \(images, text, return_tensors\): rename"
+    ):
+        load_calibration(SparseConfig(), tiny_model(), processor, data)
+    assert processor.seen == [options]
+
+
+def test_images_without_a_processor(llama):
+    with pytest.raises(ValueError, match=r"no 'input_ids' in item 0 .* \[images\]: .* the model's processor"):
+        load([{"images": random_images(1)[0].tolist()}], model=llama)
+    with pytest.raises(ValueError, match=r"0 of \[images\] hold strings.* processor instead"):
+        load(datasets.Dataset.from_dict({"images": [[1]]}), model=llama)
+
+
+# Encoders and decoders
+
+
+def shifted(row: list[int], start: int) -> list[int]:
+    return [start, *row[:-1]]
+
+
+@pytest.mark.parametrize(("name", "start"), [("t5", 0), ("bart", 2)])
+@pytest.mark.parametrize(
+    "data", [DOCUMENTS, [{"input_ids": row} for row in WINDOWS], "DataLoader"], ids=["texts", "tokens", "DataLoader"]
+)
+def test_decoder_reads_the_windows_shifted_right(name, start, data):
+    model, _ = MODELS[name]()
+    given = {"input_ids": torch.tensor(WINDOWS)}
+    calibration = load(iter([given]) if data == "DataLoader" else data, model=model, seqlen=4, num_samples=2)
+    (batch,) = calibration.batches
+    assert batch["input_ids"].tolist() == WINDOWS
+    assert batch["decoder_input_ids"].tolist() == [shifted(row, start) for row in WINDOWS]
+    assert calibration.record["decoder"] == "the windows themselves, shifted right"
+    assert calibration.record["num_tokens"] == 8
+    assert set(given) == {"input_ids"}  # the user's own batch is left alone
+    # By the model itself: BART from the input, T5 from labels.
+    own = model(**given) if name == "bart" else model(**given, labels=given["input_ids"])
+    assert torch.equal(model(**batch).logits, own.logits)
+
+
+def test_decoder_of_a_model_that_cannot_shift():
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    sizes |= dict(vocab_size=VOCABULARY, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32)
+    config = AutoConfig.for_model("m2m_100", decoder_start_token_id=2, **sizes)
+    model = random_model(lambda: AutoModelForSeq2SeqLM.from_config(config))
+    assert not hasattr(model, "prepare_decoder_input_ids_from_labels")
+    (batch,) = load(DOCUMENTS, model=model, seqlen=4, num_samples=2).batches
+    assert batch["decoder_input_ids"].tolist() == [shifted(row, 2) for row in WINDOWS]
+    assert model(**batch).logits.isfinite().all()
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match=r"M2M100.* has no config.decoder_start_token_id .* 'decoder_input_ids'"):
+        load(DOCUMENTS, model=model, seqlen=4, num_samples=2)
+
+
+def test_tokens_for_the_decoder_are_kept():
+    model, batches = MODELS["t5"]()
+    data = [
+        {"input_ids": [5, 6, 7], "labels": [8, 9], "token_type_ids": [0, 0, 0]},
+        {"input_ids": [[10, 11, 12]], "labels": [[13, -100]]},
+        {"input_ids": [14, 15, 16], "labels": [17]},
+        {"input_ids": [18, 19, 20], "attention_mask": [1, 1, 0], "decoder_input_ids": [0, 21]},
+    ]
+    calibration = load(data, model=model, num_samples=4)
+    assert [{name: value.tolist() for name, value in batch.items()} for batch in calibration.batches] == [
+        {"input_ids": [[5, 6, 7], [10, 11, 12]], "labels": [[8, 9], [13, -100]]},
+        {"input_ids": [[14, 15, 16]], "labels": [[17]]},
+        {"input_ids": [[18, 19, 20]], "attention_mask": [[1, 1, 0]], "decoder_input_ids": [[0, 21]]},
+    ]
+    assert "decoder" not in calibration.record
+    assert all(model(**batch).logits.isfinite().all() for batch in calibration.batches)
+    calibration = load_calibration(SparseConfig(num_samples=6), model, None, iter(batches))
+    assert all(batch["decoder_input_ids"].shape == (2, 16) for batch in calibration.batches)
+    with pytest.raises(ValueError, match=r"'labels' in item 0 .* has 1 rows, but 'input_ids' has 2"):
+        load({"input_ids": [[5, 6], [7, 8]], "labels": [9, 10]}, model=model)
+
+
+def test_encoder_alone_needs_nothing_for_a_decoder():
+    model = T5EncoderModel(MODELS["t5"]()[0].config)
+    calibration = load(DOCUMENTS, model=model, seqlen=4, num_samples=2)
+    assert set(calibration.batches[0]) == {"input_ids"}
+    assert "decoder" not in calibration.record
+    whisper, batches = MODELS["whisper"]()
+    model = WhisperForAudioClassification(whisper.config)
+    assert model.config.is_encoder_decoder
+    data = [{"input_features": batch["input_features"]} for batch in batches]
+    calibration = load_calibration(SparseConfig(num_samples=6), model, None, data)
+    assert all(set(batch) == {"input_features"} for batch in calibration.batches)
+
+
+def test_positions_of_roberta_are_counted_from_behind_padding():
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, pad_token_id=1)
+    config = AutoConfig.for_model("roberta", max_position_embeddings=34, num_attention_heads=2, **sizes)
+    model = random_model(lambda: AutoModelForMaskedLM.from_config(config))
+    calibration = load([words([7] * 40)], word_tokenizer(eos=False, sep=True), model, num_samples=1)
+    assert calibration.record["seqlen"] == 32
+    assert model(**calibration.batches[0]).logits.shape == (1, 32, VOCABULARY)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, 33), 7))
 
 
 # Text by the model itself
@@ -555,6 +928,10 @@ def test_self_generation_that_cannot_be(llama, tmp_path):
     start.write_text(words(range(3, 30)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"can generate text, got LlamaModel.*AutoModelForCausalLM"):
         load("self", model=AutoModel.from_config(llama.config).eval(), seqlen=8)
+    for name in ("t5", "bert", "whisper", "vit", "plain"):
+        model, _ = MODELS[name]()
+        with pytest.raises(ValueError, match=rf"decoder-only model .* got {type(model).__name__}: .* give texts"):
+            load("self", model=model, seqlen=8)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         load("self", model=tiny_model().train(), seqlen=8)
     with pytest.raises(ValueError, match=r"seqlen to be at least 2 here, got 1"):
@@ -621,7 +998,7 @@ def test_seqlen_longer_than_the_model_supports(llama):
 )
 def test_batch_size(monkeypatch, device, seqlen, batch_size, expected):
     model = tiny_model(max_position_embeddings=8192)
-    monkeypatch.setattr(type(model), "device", torch.device(device))
+    monkeypatch.setattr("optimum_sparse.calibration._device_type", lambda model: device)
     total = sum(expected)
     calibration = load(
         [words([7] * (seqlen * total))], model=model, seqlen=seqlen, batch_size=batch_size, num_samples=total

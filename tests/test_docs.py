@@ -16,6 +16,7 @@ import pytest
 
 from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.prune import PruneCommand, build_config
+from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.config import METHOD_NAMES, SparseConfig
 
 from .checkpoints import save_tiny, write_text
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "benchmarks" / "README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
-COMMANDS = {"prune": PruneCommand, "inspect": InspectCommand}
+COMMANDS = {"prune": PruneCommand, "recover": RecoverCommand, "inspect": InspectCommand}
 
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -117,9 +118,17 @@ def test_getting_started_runs(workplace: Path):
     assert names["config"] == SparseConfig.from_json_file("config-2of4.json")
 
 
+def test_architectures_runs():
+    names = run_blocks(ROOT / "docs" / "architectures.md")
+    assert "model.vision_tower.*" in names["pruner"].config.targets
+
+
 def test_all_python_is_run_or_says_why_not():
-    """Code that is neither on the pages above nor a step of CONTRIBUTING.md would not be tested."""
-    run = {ROOT / "README.md", ROOT / "docs" / "getting-started.md"}
+    """Code that is neither on the pages above, nor in tests/recovery/test_page.py, nor a step of CONTRIBUTING.md."""
+    run = {
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "recovery")),
+    }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
     assert all(block.comment.startswith("file: ") for block in elsewhere)
     assert {block.page.name for block in elsewhere} == {"CONTRIBUTING.md"}
@@ -251,14 +260,14 @@ def test_adding_a_method_works_as_contributing_says(tmp_path: Path):
     for block in blocks(ROOT / "CONTRIBUTING.md", "python", "diff"):
         apply(block, tmp_path)
 
-    arguments = ["tests/methods/test_oracles.py", "-k", "ria or has_an_oracle", "-q", "-p", "no:cacheprovider"]
+    arguments = ["tests/methods/test_oracles.py", "-k", "obd or has_an_oracle", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 20
 
-    code = "import sys, optimum_sparse as o; print(o.__file__, o.SparsePruner(method='ria').config.method)"
+    code = "import sys, optimum_sparse as o; print(o.__file__, o.SparsePruner(method='obd').config.method)"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.split() == [str(tmp_path / "optimum_sparse" / "__init__.py"), "ria"]
+    assert result.stdout.split() == [str(tmp_path / "optimum_sparse" / "__init__.py"), "obd"]
 
 
 def test_prune_llama_runs(workplace: Path, capsys: pytest.CaptureFixture):

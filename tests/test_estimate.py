@@ -5,7 +5,6 @@ import torch
 
 from optimum_sparse import SparseConfig
 from optimum_sparse.estimate import Estimate, peak_memory
-from optimum_sparse.lockstep import Trace
 from optimum_sparse.matrices import find_matrices
 
 from .helpers import tiny_model
@@ -17,7 +16,7 @@ PROBE = {"input_ids": torch.zeros(1, 10, dtype=torch.int64)}
 def estimate(**options):
     config = SparseConfig(targets=["gate_proj", "up_proj"], **options)
     matrices, _ = find_matrices(tiny_model(num_hidden_layers=1), config)
-    return Estimate.of(Trace([matrices], [], [], {}), BATCHES, PROBE, 0.5, config)
+    return Estimate.of([matrices], BATCHES, PROBE, 0.5, config)
 
 
 def test_time_is_that_of_the_forwards():
@@ -38,6 +37,15 @@ def test_memory_grows_with_the_tokens_and_with_the_gram_matrix():
     assert estimate(method="wanda").memory == 300 * 4 * 4 * 32
     assert estimate(method="sparsegpt").memory == 300 * 4 * 4 * 32 + 24 * 32 * 32 + 20 * 32 * 128
     assert estimate(method="wanda", true_sequential=False).memory == 300 * 4 * 32
+
+
+def test_batches_without_tokens_count_their_rows():
+    """The first tensor with a dimension has one row for each image; a flag before it has none."""
+    config = SparseConfig(method="wanda")
+    batch = {"interpolate": True, "scale": torch.tensor(2.0), "input_ids": None, "pixels": torch.zeros(2, 3, 8, 8)}
+    matrices, _ = find_matrices(tiny_model(num_hidden_layers=1), config)
+    found = Estimate.of([matrices], [batch] * 3, batch, 0.5, config)
+    assert (found.tokens, found.seconds) == (6, 1.5)
 
 
 def test_it_reads_as_a_sentence():

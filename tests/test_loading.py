@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sparse.loading import load_model, load_tokenizer
+from optimum_sparse.loading import load_model, load_tokenizer, model_class
 
+from . import beyond_text
 from .checkpoints import save_tiny, tiny_tokenizer
 
 
@@ -128,6 +129,50 @@ def test_tied_weights_are_not_missing(tmp_path: Path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model, _ = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        beyond_text.t5_model,
+        beyond_text.bart_model,
+        beyond_text.bert_model,
+        beyond_text.whisper_model,
+        beyond_text.vit_model,
+        beyond_text.convnext_model,
+        beyond_text.llava_model,
+    ],
+)
+def test_other_models_than_those_of_language(build, tmp_path: Path):
+    """The class is the one that saved the model."""
+    dense = build()
+    dense.save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert type(model) is type(dense) and tokenizer is None and not model.training
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (["LlamaForCausalLM"], "LlamaForCausalLM"),
+        (["LlamaForSequenceClassification"], "LlamaForSequenceClassification"),
+        (["LlamaModel"], "LlamaModel"),
+        (["SomethingElse", "LlamaForQuestionAnswering"], "LlamaForQuestionAnswering"),
+        # Not among those that Transformers has for Llama, so that it must not be looked up by name.
+        (["GPT2LMHeadModel"], "AutoModelForCausalLM"),
+        (["os.system"], "AutoModelForCausalLM"),
+        (["AutoConfig"], "AutoModelForCausalLM"),
+        ([], "AutoModelForCausalLM"),
+        (None, "AutoModelForCausalLM"),
+    ],
+    ids=str,
+)
+def test_model_class(architectures: list[str] | None, expected: str, tmp_path: Path):
+    save_tiny(tmp_path, tokenizer=False)
+    change_config(tmp_path, architectures=architectures)
+    assert model_class(tmp_path).__name__ == expected
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.gguf", "is not a GGUF file"), ("a.bin", "not a .gguf file")])

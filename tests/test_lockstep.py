@@ -167,6 +167,10 @@ def prune_by_reruns(model: nn.Module, batches: Batches, config: SparseConfig) ->
             solve(group, statistics, config)
 
 
+# Layers of which some forwards use the bare weight; tests/test_architectures.py has an oracle that sees it.
+BARE = {"jamba": ("dt_proj",)}
+
+
 # What is checked after every run.
 
 
@@ -226,8 +230,10 @@ def check(model: nn.Module, batches: Batches, config: SparseConfig) -> SparsePru
 @SEQUENTIAL
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_architectures(architecture, true_sequential):
+    """All but weights that are used without their module's forward, which hooks on modules do not see."""
     model = tiny_model(architecture)
-    pruner = check(model, tiny_batches(), config_for(true_sequential))
+    ignore = ("lm_head", *BARE.get(architecture, ()))
+    pruner = check(model, tiny_batches(), config_for(true_sequential, ignore=ignore))
     assert len(pruner.report.matrices) >= 8
 
 
@@ -338,7 +344,8 @@ def test_a_layer_that_never_runs_is_named(true_sequential):
     dense = model.model.layers[0].unused.weight.clone()
     pruner = check(model, tiny_batches(), config_for(true_sequential))
     assert torch.equal(model.model.layers[0].unused.weight, dense)
-    assert "run" in pruner.report.skipped["model.layers.0.unused"]
+    reason = pruner.report.skipped["model.layers.0.unused"]
+    assert reason == "is not used in a matrix product on the calibration data"
 
 
 @SEQUENTIAL

@@ -8,9 +8,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparseConfig
-from optimum_sparse.matrices import PrunableMatrix, find_blocks, find_matrices
+from optimum_sparse.matrices import PrunableMatrix, find_blocks, find_matrices, find_weights
 from optimum_sparse.patterns import NM, Unstructured
-from tests.helpers import ARCHITECTURES, tiny_model
+from optimum_sparse.trace import Trace, trace
+from optimum_sparse.uses import View
+from tests.helpers import ARCHITECTURES, tiny_batches, tiny_model
 
 # The name of the list that holds the decoder's layers, where it is not `model.layers`.
 LAYERS = {
@@ -25,7 +27,15 @@ LAYERS = {
 
 
 def matrix_of(module: nn.Module) -> PrunableMatrix:
-    return PrunableMatrix("name", (module,), Unstructured(0.5), "block")
+    view = View("name.weight", 0, (4, 6), transposed=isinstance(module, Conv1D))
+    return PrunableMatrix("name", view, module, Unstructured(0.5), "block")
+
+
+def seen_in(model: nn.Module) -> Trace:
+    """What a forward on a batch of tokens shows."""
+    weights = {weight.parameter: weight.value for weight in find_weights(model)}
+    with torch.no_grad():
+        return trace(lambda batch: model(**batch), tiny_batches(1), model, weights, find_blocks(model))
 
 
 def names(model: nn.Module, **options) -> list[str]:
@@ -58,7 +68,7 @@ def test_read_and_write(module, dtype):
 def test_falcon_has_a_linear_of_its_own():
     model = tiny_model("falcon")
     matrices, _ = find_matrices(model, SparseConfig())
-    assert {type(matrix.modules[0]).__name__ for matrix in matrices} == {"FalconLinear"}
+    assert {type(matrix.module).__name__ for matrix in matrices} == {"FalconLinear"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -73,14 +83,28 @@ def test_zoo_all_layers_but_the_head_are_found(architecture):
             assert name in skipped
         else:
             by_weight.setdefault(module.weight, []).append(module)
-    assert {matrix.parameter: list(matrix.modules) for matrix in matrices} == by_weight
-    assert [name for name, reason in skipped.items() if "is no matrix" not in reason] == ["lm_head"]
+    assert {matrix.parameter: matrix.module for matrix in matrices} == {w: users[0] for w, users in by_weight.items()}
+    owners = {weight.value: list(weight.modules) for weight in find_weights(model)}
+    assert {matrix.parameter: owners[matrix.parameter] for matrix in matrices} == by_weight
+    undecided = ("is a convolution", "only a forward shows how it is used")
+    assert [name for name, reason in skipped.items() if reason not in undecided] == ["lm_head"]
     for matrix in matrices:
-        assert model.get_submodule(matrix.name) is matrix.modules[0]
-        module = matrix.modules[0]
+        assert model.get_submodule(matrix.name) is matrix.module
+        assert matrix.view.parameter == f"{matrix.name}.weight" and not matrix.is_part
+        module = matrix.module
         expected = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
         assert matrix.shape == tuple(matrix.read().shape) == expected
         assert matrix.name.startswith(matrix.block + ".")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_zoo_forwards_show_the_same_matrices_as_the_classes(architecture):
+    """Without a look at any class, down to the layout, for the model's own forward multiplies with them."""
+    model = tiny_model(architecture)
+    by_class, _ = find_matrices(model, SparseConfig())
+    by_use, skipped = find_matrices(model, SparseConfig(), seen_in(model))
+    assert by_use == by_class
+    assert not [name for name in skipped if name in layer_names(model) and name != "lm_head"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -114,7 +138,10 @@ def test_tied_layers_are_one_matrix():
     second.weight = first.weight
     matrices, _ = find_matrices(model, SparseConfig())
     matrix = next(matrix for matrix in matrices if matrix.parameter is first.weight)
-    assert matrix.modules == (first, second)
+    assert matrix.module is first
+    weight = next(weight for weight in find_weights(model) if weight.value is first.weight)
+    assert weight.modules == (first, second)
+    assert weight.names == ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
     assert sum(matrix.parameter is first.weight for matrix in matrices) == 1
     matrix.write(torch.zeros(matrix.shape))
     assert not second.weight.any()
@@ -187,8 +214,10 @@ def test_a_pattern_must_divide_the_inputs():
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(ValueError, match="Sequential has no"):
+    with pytest.raises(ValueError, match=r"Nothing to prune in Sequential.* 1 \(0, \.\.\.\) is a convolution"):
         find_matrices(nn.Sequential(nn.Conv2d(1, 1, 3)), SparseConfig())
+    with pytest.raises(ValueError, match=r"Nothing to prune in Sequential.* it has no weight matrix"):
+        find_matrices(nn.Sequential(nn.LayerNorm(3)), SparseConfig())
 
 
 class Block(GradientCheckpointingLayer):

@@ -3,16 +3,20 @@
 import copy
 import json
 import math
+import re
 import types
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sparse import SparseConfig, SparsePruner
 from optimum_sparse.matrices import find_matrices
+from optimum_sparse.metadata import matrix_of
 from optimum_sparse.patterns import num_pruned
 
+from .architectures import sweep_model
 from .checkpoints import tiny_tokenizer
 from .helpers import HIDDEN, tiny_batches, tiny_model
 
@@ -108,7 +112,8 @@ def test_metadata_is_pure_json_and_true():
     assert record["achieved_sparsity"] == 0.5 and record["seed"] == 7 and record["num_samples"] == 6
     assert set(record["versions"]) == {"optimum_sparse", "torch", "transformers"}
     down = record["matrices"]["model.layers.{0-1}.mlp.down_proj"]
-    assert down == {"zeros": 2 * 64 * HIDDEN // 2, "numel": 2 * 64 * HIDDEN, "pattern": "2:4"}
+    half = {"zeros": 2 * 64 * HIDDEN // 2, "numel": 2 * 64 * HIDDEN, "pattern": "2:4"}
+    assert down == {**half, "shape": [HIDDEN, 64], "transposed": False}
     assert pruner.report.sparsity == 0.5
 
 
@@ -197,13 +202,27 @@ def test_a_mask_of_who_attends_to_whom_is_no_padding():
 
 
 def test_padding_that_cannot_be_told_apart_is_refused():
-    """A layer that sees something else than one vector per token, here only the last token of each row."""
+    """A layer that sees something else than a vector per token or text, here only the last two tokens of each row."""
     model = tiny_model()
     mlp = model.model.layers[0].mlp
     forward = mlp.forward
-    mlp.forward = lambda x: forward(x[:, -1:]).expand_as(x)
-    with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.mlp\.gate_proj.*without padding"):
+    mlp.forward = lambda x: forward(x[:, -2:]).mean(dim=1, keepdim=True).expand_as(x)
+    with pytest.raises(ValueError, match=r"0\.mlp\.gate_proj\.weight: inputs of shape \[2, 2, 32\].*without padding"):
         pruned(model, tiny_batches(padding=True), method="wanda")
+
+
+def test_one_vector_for_each_text_is_no_padding():
+    """As in the pooling layers of encoders: it is the text's, however long that is."""
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x[:, :1]).expand_as(x)
+    batches = tiny_batches(padding=True)
+    pruner = pruned(model, batches, method="wanda")
+    tokens = {entry.name: entry.num_tokens for entry in pruner.report.matrices}
+    assert tokens["model.layers.0.mlp.gate_proj"] == sum(len(batch["input_ids"]) for batch in batches)
+    per_token = sum(int(batch.get("attention_mask", torch.ones(2, 24)).sum()) for batch in batches)
+    assert tokens["model.layers.1.mlp.gate_proj"] == per_token
 
 
 # Bad input: a clear error, and the model as it was.
@@ -268,7 +287,7 @@ def test_targets_that_match_nothing():
 
 
 def test_model_without_matrices():
-    with pytest.raises(ValueError, match=r"no nn\.Linear or Conv1D"):
+    with pytest.raises(ValueError, match=r"Nothing to prune in Sequential.* it has no weight matrix"):
         pruned(torch.nn.Sequential(torch.nn.LayerNorm(3)).eval())
 
 
@@ -346,7 +365,127 @@ def test_tensors_with_more_dimensions_are_named():
     model = tiny_model()
     model.model.layers[0].experts = torch.nn.Parameter(torch.ones(4, 8, 32))
     skipped = pruned(model, method="magnitude").report.skipped
-    assert skipped["model.layers.0.experts"] == "is no matrix but a tensor of shape [4, 8, 32]"
+    assert skipped["model.layers.0.experts"] == "is not used in a matrix product on the calibration data"
+
+
+# Models that say little of themselves.
+
+
+class Experts(nn.Module):
+    """Two experts of hand: each takes half of the tokens, by a router that ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 2, bias=False)
+        self.up = nn.Parameter(torch.randn(2, 24, 16))
+        self.down = nn.Linear(24, 16)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, 16)
+        chosen = self.router(flat).topk(1, dim=-1).indices[:, 0]
+        output = torch.zeros_like(flat)
+        for expert in range(2):
+            where = (chosen == expert).nonzero()[:, 0]
+            output[where] = self.down(nn.functional.linear(flat[where], self.up[expert]).relu())
+        return hidden + output.view_as(hidden)
+
+
+class Plain(nn.Module):
+    """A model that is none of Transformers, has no configuration, and calls its input as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Linear(10, 16)
+            self.layers = nn.ModuleList([Experts(), Experts()])
+            self.last = nn.Linear(16, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(features)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.last(hidden)
+
+
+def feature_batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"features": torch.randn(4, 6, 10, generator=generator)} for _ in range(3)]
+
+
+def assert_half_of_each(model: nn.Module, pruner: SparsePruner, dense: dict[str, torch.Tensor]) -> set[str]:
+    """Each matrix has the zeros it was asked for, and what is no matrix of the report has not changed."""
+    touched = set()
+    for entry in pruner.report.matrices:
+        parameter, weight = matrix_of(model, entry.name, entry.shape, transposed=False)
+        assert entry.zeros == int((weight == 0).sum()) == weight.numel() // 2, entry.name
+        touched.add(parameter)
+    for name, value in model.state_dict().items():
+        assert (name in touched) != torch.equal(value, dense[name]), name
+    return {entry.name for entry in pruner.report.matrices}
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_a_configuration(method, true_sequential, tmp_path):
+    model = Plain().eval()
+    dense = copy.deepcopy(model.state_dict())
+    pruner = SparsePruner(method=method, true_sequential=true_sequential, num_samples=12, progress=False)
+    assert pruner.prune(model, dataset=feature_batches()) is model
+    of_layer = ("up.0", "up.1", "down")
+    assert assert_half_of_each(model, pruner, dense) == {
+        "first",
+        *(f"layers.{layer}.{name}" for layer in range(2) for name in of_layer),
+    }
+    assert pruner.report.skipped == {
+        "layers.0.router": "is a router: its outputs are ranked to choose among them",
+        "layers.1.router": "is a router: its outputs are ranked to choose among them",
+        "last": "is a gate: it has a single output",
+    }
+    assert pruner.report.calibration["num_samples"] == 12 and pruner.report.calibration["num_tokens"] is None
+    assert not hasattr(model, "config")
+    with pytest.raises(ValueError, match=r"Plain is none of Transformers.*state_dict"):
+        pruner.save(model, tmp_path)
+
+
+def test_magnitude_where_no_forward_can_be_run():
+    """Plain takes no tokens, and there is no other data: classes tell what is a matrix, and the report says so."""
+    model = Plain().eval()
+    dense = copy.deepcopy(model.state_dict())
+    pruner = SparsePruner(method="magnitude", progress=False)
+    pruner.prune(model)
+    found = assert_half_of_each(model, pruner, dense)
+    assert found == {"first", *(f"layers.{layer}.{name}" for layer in range(2) for name in ("router", "down"))}
+    assert pruner.report.skipped["layers.0.up"] == "only a forward shows how it is used"
+    (note,) = pruner.report.notes
+    assert re.search(r"does not run on input_ids .*'input_ids'.*Pass dataset=", note)
+    assert note in pruner.report.table()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+def test_magnitude_tells_experts_from_routers_without_data(model_type):
+    model = sweep_model(model_type)
+    dense = copy.deepcopy(model.state_dict())
+    pruner = SparsePruner(method="magnitude", progress=False)
+    pruner.prune(model)
+    assert pruner.report.calibration == {} and pruner.report.notes == []
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, dense[name])}
+    fused = {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    assert fused and fused <= changed
+    for name in fused:
+        for expert in model.get_parameter(name):
+            assert int((expert == 0).sum()) == expert.numel() // 2
+    routers = [name for name, reason in pruner.report.skipped.items() if reason.startswith("is a router")]
+    assert routers and not any(f"{name}.weight" in changed for name in routers)
+    assert {model.get_submodule(name).weight.shape[0] for name in routers} == {len(model.get_parameter(min(fused)))}
+
+
+def test_batches_that_the_model_refuses():
+    model = Plain().eval()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'inputs'") as caught:
+        pruned(model, [{"inputs": torch.randn(2, 3, 10)}], method="wanda")
+    (note,) = caught.value.__notes__
+    assert "Plain.forward was called with inputs. It takes features" in note
 
 
 def test_a_hessian_that_needs_more_damping_is_reported(caplog):

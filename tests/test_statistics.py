@@ -47,6 +47,41 @@ def test_norms_of_half_precision_do_not_overflow():
     assert torch.allclose(statistics.squared_norms, torch.full((2,), 4 * 60000.0**2))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_own", [0, 1, 7])
+@pytest.mark.parametrize("kind", [NormStatistics, GramStatistics])
+def test_blended_is_the_weighted_sum_of_the_means(kind, num_own, share):
+    """Of an expert's tokens and its layer's, as if there were as many of the blend as the expert has, at least one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, owns = torch.randn(90, 300, generator=generator), 1 + torch.rand(num_own, 300, generator=generator)
+    layer, own = kind(300), kind(300)
+    layer.add(inputs)
+    own.add(owns)
+    before = own.squared_norms.clone(), layer.squared_norms.clone()
+    blend = own.blended(layer, share)
+
+    mean_of_layer = inputs.double().T @ inputs.double() / 90
+    mean_of_own = owns.double().T @ owns.double() / max(num_own, 1)
+    expected = max(num_own, 1) * ((1 - share) * mean_of_own + share * mean_of_layer)
+    assert type(blend) is kind and blend.num_tokens == num_own
+    torch.testing.assert_close(blend.squared_norms.double(), expected.diagonal(), rtol=1e-5, atol=1e-5)
+    if kind is GramStatistics:
+        torch.testing.assert_close(blend.gram.double(), expected, rtol=1e-4, atol=1e-3)
+        assert torch.equal(blend.gram, blend.gram.T)
+    assert torch.equal(own.squared_norms, before[0]) and torch.equal(layer.squared_norms, before[1])
+
+
+def test_enough_tokens():
+    """A Gram matrix of fewer tokens than features is singular; norms are known from few tokens."""
+    width = 40
+    enough = GramStatistics.enough_tokens(width)
+    for num_tokens, rank in ((enough - 1, width - 1), (enough, width)):
+        statistics = GramStatistics(width)
+        statistics.add(torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0)))
+        assert torch.linalg.matrix_rank(statistics.gram.double(), rtol=1e-6) == rank
+    assert NormStatistics.enough_tokens(width) == NormStatistics.enough_tokens(100 * width)
+
+
 def test_output_energy():
     gram, norms, inputs = GramStatistics(300), NormStatistics(300), torch.cat(batches(torch.float32))
     gram.add(inputs)

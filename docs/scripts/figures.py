@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from greenlet import getcurrent
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_sparse import SparseConfig
-from optimum_sparse.lockstep import Lockstep, trace
-from optimum_sparse.matrices import find_matrices
+from optimum_sparse.lockstep import Lockstep
+from optimum_sparse.matrices import find_blocks, find_matrices, find_weights
 from optimum_sparse.methods import METHODS
 from optimum_sparse.patterns import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.statistics import GramStatistics
+from optimum_sparse.trace import trace
+from optimum_sparse.uses import Use, WeightUses
 
 TARGET = Path(__file__).parents[1] / "figures"
 
@@ -102,30 +103,29 @@ def events(num_batches: int = 3) -> list[tuple[int | None, str]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-    matrices, _ = find_matrices(model, SparseConfig())
-    batches = list(torch.arange(8 * num_batches).view(num_batches, 1, 8))
-    plan = trace(model, batches[:1], {module: matrix for matrix in matrices for module in matrix.modules})
-    stops = {
-        group[0].modules[0]: "\n".join(m.name.rsplit(".")[-1].removesuffix("_proj") for m in group)
-        for group in plan.groups
-    }
-
+    batches = torch.arange(8 * num_batches).view(num_batches, 1, 8)
+    weights = {weight.parameter: weight.value for weight in find_weights(model)}
     happened: list[tuple[int | None, str]] = []
-    running: dict[Any, int] = {}
+    with torch.no_grad():
+        seen = trace(model, batches[:1], model, weights, find_blocks(model))
+        matrices, _ = find_matrices(model, SparseConfig(), seen)
+        short = {matrix.view: matrix.name.split(".")[-1].removesuffix("_proj") for matrix in matrices}
+        stops = {stop: "\n".join(short[view] for view in stop) for stop in seen.stops(short)}
+        starts = {stop[0]: stop for stop in stops}
 
-    def forward(batch: tuple[int, torch.Tensor]) -> None:
-        running[getcurrent()] = batch[0]
-        model(batch[1])
+        def forward(batch: int) -> None:
+            def arrive(use: Use) -> None:
+                if use.view in starts:
+                    stop = starts[use.view]
+                    happened.append((batch, stops[stop]))
+                    lockstep.park(stop, use)
 
-    def arrive(module: torch.nn.Module, args: Any) -> None:
-        happened.append((running[getcurrent()], stops[module]))
+            with WeightUses(weights, arrive):
+                model(batches[batch])
 
-    handles = [stop.register_forward_pre_hook(arrive) for stop in stops]
-    with torch.no_grad(), Lockstep(forward, list(enumerate(batches)), list(stops)) as lockstep:
-        for stop, _ in lockstep:
-            happened.append((None, stops[stop]))
-    for handle in handles:
-        handle.remove()
+        with Lockstep(forward, num_batches, stops) as lockstep:
+            for stop, _ in lockstep:
+                happened.append((None, stops[stop]))
     return happened
 
 

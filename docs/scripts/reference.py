@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -36,6 +37,19 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         ],
     ),
     (
+        "Recovery",
+        "See [Recovery](recovery.md).",
+        [
+            ("recovery/adapter.py", ("keep_sparsity",)),
+            ("recovery/callback.py", ("SparsityCallback", "train_norms_only")),
+            ("recovery/distillation.py", ("DistillationTrainer",)),
+            ("recovery/teacher_cache.py", ("TopKCache",)),
+            ("recovery/masks.py", ("Mask", "find_masks", "masks_of", "save_masks", "load_masks")),
+            ("recovery/recover.py", ("recover",)),
+            ("recovery/config.py", ("RecoveryConfig",)),
+        ],
+    ),
+    (
         "Loading and evaluating",
         "",
         [("loading.py", ("load_model",)), ("evaluation.py", ("perplexity", "Perplexity", "wikitext_tokens"))],
@@ -57,7 +71,8 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("methods/__init__.py", ("__doc__", "Method")),
             ("methods/solution.py", ("Solution",)),
             ("patterns.py", ("Unstructured", "NM", "parse_pattern", "num_pruned", "keep_mask", "keep_all_but")),
-            ("statistics.py", ("NormStatistics", "GramStatistics")),
+            ("methods/refine.py", ("refine",)),
+            ("statistics.py", ("Statistics", "NormStatistics", "GramStatistics")),
             ("methods/hessian.py", ("damped_hessian", "reversed_cholesky")),
         ],
     ),
@@ -65,8 +80,10 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         "The engine",
         "",
         [
+            ("uses.py", ("View", "Use", "WeightUses")),
+            ("trace.py", ("Trace", "trace")),
             ("matrices.py", ("PrunableMatrix", "find_matrices", "find_blocks")),
-            ("lockstep.py", ("Lockstep", "Call", "trace", "Trace")),
+            ("lockstep.py", ("Lockstep", "Call")),
         ],
     ),
 ]
@@ -124,8 +141,8 @@ def _exports(file: Path) -> list[str]:
 
 def _entry(node: Definition, module: str) -> list[str]:
     parts = [f"### `{node.name}`\n", _code(f"from {module} import {node.name}", _signature(node)), _docstring(node)]
-    if node.name == "SparseConfig":
-        parts.append(_options())
+    if node.name.endswith("Config"):
+        parts.append(_options(module, node.name))
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
@@ -207,13 +224,12 @@ def _item(line: str, title: str) -> str:
     return f"- `{item[1]}`: {item[2]}" if item else f"  {text[4:]}"
 
 
-def _options() -> str:
-    """The table of the fields of `SparseConfig`."""
+def _options(module: str, name: str) -> str:
+    """The table of the fields of a configuration."""
     sys.path.insert(0, str(ROOT))
-    from optimum_sparse.config import SparseConfig
-
+    config = getattr(importlib.import_module(module), name)
     rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(SparseConfig):
+    for field in dataclasses.fields(config):
         kind = str(field.type).replace("|", r"\|")
         meaning = field.metadata["help"].replace("|", r"\|").replace("*", r"\*")
         rows.append(f"| `{field.name}` | `{kind}` | `{field.default!r}` | {meaning} |")

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-# Token ids of one sequence, [tokens] int64, and its mask of the same shape if the user gave one.
-Row = tuple[torch.Tensor, torch.Tensor | None]
+from .interface import main_input
+
+# The tokens of one sequence by the name of the model input, each [tokens] int64: "input_ids", "attention_mask" if the
+# user gave one, and what the decoder of an encoder-decoder model is given.
+Row = dict[str, torch.Tensor]
 
 
-def token_rows(items: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+def token_rows(items: Iterable[Mapping[str, Any]], others: Sequence[str] = ()) -> Iterator[Row]:
     """Split dicts with `input_ids` of one sequence (1-D) or several (2-D, lists or tensors) into rows.
 
+    Args:
+        items: The dicts; only `input_ids`, `attention_mask` and `others` are read.
+        others: Further names of tokens, which may have lengths of their own.
+
     Raises:
-        ValueError: A dict has no `input_ids`, they are no token ids, or the mask does not fit them.
+        ValueError: A dict has no `input_ids`, they are no token ids, or mask or others do not fit them.
     """
     for index, item in enumerate(items):
         where = f"in item {index} of the calibration data"
         if "input_ids" not in item:
-            raise ValueError(f"There is no 'input_ids' {where}, only [{', '.join(map(str, item))}].")
-        ids = _as_rows(item["input_ids"], f"'input_ids' {where}")
-        if item.get("attention_mask") is None:
-            yield from ((row, None) for row in ids)
-            continue
-        mask = _as_rows(item["attention_mask"], f"'attention_mask' {where}")
-        if mask.shape != ids.shape:
+            raise ValueError(
+                f"There is no 'input_ids' {where}, only [{', '.join(map(str, item))}]: give token ids by that name, "
+                "or pass the model's processor instead of a tokenizer if it takes such dicts."
+            )
+        names = ["input_ids", *(name for name in ("attention_mask", *others) if item.get(name) is not None)]
+        columns = {name: _as_rows(item[name], f"{name!r} {where}") for name in names}
+        ids, mask = columns["input_ids"], columns.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"'attention_mask' {where} is {list(mask.shape)}, but 'input_ids' is {list(ids.shape)}.")
-        if not torch.isin(mask, torch.tensor([0, 1])).all() or not mask.any(dim=1).all():
+        if mask is not None and (not torch.isin(mask, torch.tensor([0, 1])).all() or not mask.any(dim=1).all()):
             raise ValueError(
                 f"'attention_mask' {where} must be 0 for padding and 1 for at least one token of each row."
             )
-        yield from zip(ids, mask, strict=True)
+        for name, column in columns.items():
+            if len(column) != len(ids):
+                raise ValueError(f"{name!r} {where} has {len(column)} rows, but 'input_ids' has {len(ids)}.")
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
 def _as_rows(values: Any, what: str) -> torch.Tensor:
@@ -54,45 +66,58 @@ def stack_rows(rows: Iterable[Row], batch_size: int | None, batch_tokens: int) -
         batch_size: Rows per batch; `None` for as many as fit in `batch_tokens`, at least one.
         batch_tokens: Tokens per batch without a `batch_size`.
     """
-    batches = []
-    for (length, masked), group in itertools.groupby(rows, key=lambda row: (len(row[0]), row[1] is not None)):
+    batches: list[dict[str, Any]] = []
+    for lengths, group in itertools.groupby(rows, key=lambda row: {name: len(row[name]) for name in row}):
         same = list(group)
-        size = batch_size or max(1, batch_tokens // length)
+        size = batch_size or max(1, batch_tokens // lengths["input_ids"])
         for first in range(0, len(same), size):
-            ids, masks = zip(*same[first : first + size], strict=True)
-            batch = {"input_ids": torch.stack(ids)}
-            if masked:
-                batch["attention_mask"] = torch.stack(masks)
-            batches.append(batch)
+            batches.append({name: torch.stack([row[name] for row in same[first : first + size]]) for name in lengths})
     return batches
 
 
-def given_batches(items: Iterable[Any], num_samples: int) -> list[dict[str, Any]]:
-    """Take the user's own batches, unchanged, up to `num_samples` rows; the last one is cut to fit.
+def given_batches(items: Iterable[Any], num_samples: int, model: nn.Module) -> list[dict[str, Any]]:
+    """Take batches that are ready for the model, unchanged, up to `num_samples` rows; the last one is cut to fit.
+
+    Args:
+        items: Dicts of model inputs: tensors, and whatever else its forward takes.
+        num_samples: Rows wanted, counted along the first dimension of each batch's main input.
+        model: Tells which input that is.
 
     Raises:
         TypeError: A batch is no dict of model inputs.
-        ValueError: A batch has no `input_ids` `[rows, tokens]`, or the last one cannot be cut.
+        ValueError: A batch has no rows, its `input_ids` are no `[rows, tokens]`, or the last one cannot be cut.
     """
     batches: list[dict[str, Any]] = []
     room = num_samples
     for index, batch in enumerate(items):
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"Batch {index} of the calibration data must be a dict of model inputs, got {type(batch).__name__}: "
-                "give the DataLoader a collate_fn that makes dicts, or give a list of strings or of token dicts."
-            )
-        ids = batch.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
-            raise ValueError(
-                f"'input_ids' in batch {index} of the calibration data must be an integer tensor [rows, tokens], "
-                f"got {_form(ids)}."
-            )
-        batches.append(dict(batch) if len(ids) <= room else _cut(batch, len(ids), room))
-        room -= len(ids)
+        rows = _count_rows(batch, index, model)
+        batches.append(dict(batch) if rows <= room else _cut(batch, rows, room))
+        room -= rows
         if room <= 0:
             break
     return batches
+
+
+def _count_rows(batch: Any, index: int, model: nn.Module) -> int:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Batch {index} of the calibration data must be a dict of model inputs, got {type(batch).__name__}: "
+            "give the DataLoader a collate_fn that makes dicts, or give a list of strings or of token dicts."
+        )
+    ids = batch.get("input_ids")
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.is_floating_point()):
+        raise ValueError(
+            f"'input_ids' in batch {index} of the calibration data must be an integer tensor [rows, tokens], "
+            f"got {_form(ids)}."
+        )
+    main = main_input(model, batch)
+    if main is None or main.numel() == 0:
+        held = ", ".join(f"{name}: {_form(value)}" for name, value in batch.items())
+        raise ValueError(
+            f"Batch {index} of the calibration data has no tensor with a row for each sample, only [{held}]: give "
+            "model inputs as tensors, as with return_tensors='pt'."
+        )
+    return len(main)
 
 
 def _cut(batch: Mapping[str, Any], rows: int, keep: int) -> dict[str, Any]:
@@ -109,14 +134,14 @@ def _form(value: Any) -> str:
     return f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
-    """Make sure that every id has an embedding.
+def check_vocabulary(ids: torch.Tensor, vocabulary: int | None) -> None:
+    """Make sure that every id has an embedding, if it is known how many there are.
 
     Raises:
         ValueError: An id is negative, or `vocabulary` or more.
     """
     for extreme in (int(ids.min()), int(ids.max())):
-        if not 0 <= extreme < vocabulary:
+        if vocabulary is not None and not 0 <= extreme < vocabulary:
             raise ValueError(
                 f"Token id {extreme} is outside of the model's vocabulary of {vocabulary} ids: use the tokenizer that "
                 "belongs to the model."

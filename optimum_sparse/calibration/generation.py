@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+
+from .interface import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +18,22 @@ TEMPERATURE = 1.0
 TOP_P = 0.95
 # Bounds the KV cache: 16 windows of 2,048 tokens at a time. Fixed, because the batch size changes the text.
 TOKENS_AT_ONCE = 32_768
+
+
+def check_can_generate(model: nn.Module) -> None:
+    """Make sure that a model can write its own calibration text.
+
+    Raises:
+        ValueError: It is no decoder-only language model, or is in training mode.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if is_encoder_decoder(model) or can_generate is None or not can_generate():
+        raise ValueError(
+            f"dataset='self' needs a decoder-only model that can generate text, got {type(model).__name__}: load it "
+            "with AutoModelForCausalLM if it is one, else give texts, token dicts or batches of its inputs."
+        )
+    if model.training:
+        raise ValueError("dataset='self' needs the model without dropout: call model.eval() first.")
 
 
 def first_tokens(model: PreTrainedModel, num_samples: int, generator: torch.Generator) -> torch.Tensor:
@@ -45,7 +64,7 @@ def generate_windows(model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int
     The global random state is left as it was.
 
     Args:
-        model: In eval mode, on any device.
+        model: One that passed `check_can_generate`, on any device.
         prefixes: `[n, p]` int64 with p < seqlen.
         seqlen: Tokens per window, prefix included; a window does not end early at EOS.
         seed: Of the sampling.
@@ -54,15 +73,8 @@ def generate_windows(model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int
         `[n, seqlen]` int64 on the CPU.
 
     Raises:
-        ValueError: The model cannot generate text, is in training mode, or `seqlen` leaves nothing to generate.
+        ValueError: `seqlen` leaves nothing to generate.
     """
-    if not model.can_generate():
-        raise ValueError(
-            f"dataset='self' needs a model that can generate text, got {type(model).__name__}: load it with "
-            "AutoModelForCausalLM, or give other calibration data."
-        )
-    if model.training:
-        raise ValueError("dataset='self' needs the model without dropout: call model.eval() first.")
     num_new = seqlen - prefixes.shape[1]
     if num_new < 1:
         raise ValueError(f"dataset='self' needs seqlen to be at least {prefixes.shape[1] + 1} here, got {seqlen}.")

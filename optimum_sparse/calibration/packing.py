@@ -17,6 +17,11 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
             yield tokenizer(text, verbose=False)["input_ids"]
 
 
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What to put between documents: EOS, or [SEP] for a tokenizer without one, as those of encoders."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
 def packed_windows(
     documents: Iterable[list[int]],
     seqlen: int,

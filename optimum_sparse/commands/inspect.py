@@ -11,8 +11,8 @@ from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..loading import hub_errors, local_path, read_json
-from ..metadata import Claim, Count, count, differences, expand_name, fold_names, module_weight, read_claims
+from ..loading import hub_errors, local_path, model_class, read_json
+from ..metadata import Claim, Count, count, differences, expand_name, fold_names, matrix_of, read_claims
 from . import user_errors
 
 DESCRIPTION = """\
@@ -72,25 +72,27 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
     config_file = folder / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     claims, problems = _claims(config)
-    claimed_pattern = {name: claim.pattern for claim in claims.values() for name in claim.names}
+    claimed = {name: claim for claim in claims.values() for name in claim.names}
 
     found = {}
     for name, weight in _matrices(folder):
+        claim = claimed.get(name)
         conv1d = config.get("model_type") in CONV1D_MODELS and name.rsplit(".", 1)[-1] in CONV1D_MODULES
-        patterns = dict.fromkeys([*COMMON_PATTERNS, claimed_pattern.get(name)])
-        found[name] = count(weight.T if conv1d else weight, filter(None, patterns))
-    elsewhere = {name: pattern for name, pattern in claimed_pattern.items() if name not in found}
+        patterns = dict.fromkeys([*COMMON_PATTERNS, claim.pattern if claim else None])
+        transposed = claim.transposed if claim else conv1d
+        found[name] = count(weight.T if transposed and weight.ndim == 2 else weight, filter(None, patterns))
+    elsewhere = {name: claim for name, claim in claimed.items() if name not in found}
     if elsewhere:
         found |= _counts_after_loading(folder, elsewhere)
     problems = problems or differences(claims, found)
 
-    unclaimed = fold_names(name for name in found if name not in claimed_pattern)
+    unclaimed = fold_names(name for name in found if name not in claimed)
     groups = {folded: claim.names for folded, claim in claims.items()}
     groups |= {folded: expand_name(folded) for folded in unclaimed}
     if every_matrix:
         groups = {name: [name] for names in groups.values() for name in names}
     rows = [_row(name, [found[n] for n in names if n in found], claims.get(name)) for name, names in groups.items()]
-    pruned = [found[name] for name in claimed_pattern if name in found]
+    pruned = [found[name] for name in claimed if name in found]
     return {
         "model": source,
         "metadata_is_true": not problems,
@@ -103,27 +105,28 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
     }
 
 
-def _counts_after_loading(folder: Path, patterns: dict[str, str | None]) -> dict[str, Count]:
-    """Counts of matrices that are not in the files by their names: a few architectures rename or join them in saving.
+def _counts_after_loading(folder: Path, claimed: dict[str, Claim]) -> dict[str, Count]:
+    """Counts of matrices that are not in the files by their names: many architectures rename or join them in saving.
 
     Only transformers knows how, so this takes the memory of the model.
 
     Args:
         folder: The checkpoint.
-        patterns: What is claimed for each matrix. Those that are nowhere in the files are left out of the result.
+        claimed: What is claimed for each matrix. Those that are nowhere in the files are left out of the result.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = model_class(folder).from_pretrained(
         folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    modules = dict(model.named_modules())
-    return {
-        name: count(module_weight(model, name), filter(None, [pattern]))
-        for name, pattern in patterns.items()
-        if name in modules and f"{name}.weight" not in absent
-    }
+    counts = {}
+    for name, claim in claimed.items():
+        try:
+            parameter, matrix = matrix_of(model, name, claim.shape, claim.transposed)
+        except ValueError:
+            continue  # the caller says that it is missing
+        if parameter not in absent:
+            counts[name] = count(matrix, filter(None, [claim.pattern]))
+    return counts
 
 
 def _claims(config: dict[str, Any]) -> tuple[dict[str, Claim], list[str]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
-Prune a causal language model in one shot and save it as an ordinary checkpoint with zeros in it, which loads
+Prune a model that takes text in one shot and save it as an ordinary checkpoint with zeros in it, which loads
 wherever the dense one does. It takes as much disk space and time per token as the dense model.
 
 examples:
@@ -41,6 +41,7 @@ GROUPS = {
     "how much": ("sparsity", "pattern", "overrides"),
     "what": ("targets", "ignore", "block_range"),
     "calibration": ("dataset", "num_samples", "seqlen", "batch_size", "pack_documents", "seed"),
+    "experts": ("min_expert_tokens", "calibrate_all_experts"),
     "solver": ("method",),
 }
 

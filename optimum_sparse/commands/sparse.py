@@ -4,13 +4,14 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .inspect import InspectCommand
 from .prune import PruneCommand
+from .recover import RecoverCommand
 
 
 class SparseCommand(BaseOptimumCLICommand):
     """Shows the help of the commands below it."""
 
-    COMMAND = CommandInfo(name="sparse", help="Prune language models and look at pruned ones.")
+    COMMAND = CommandInfo(name="sparse", help="Prune models, recover them, and look at pruned ones.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, InspectCommand)
+        for command in (PruneCommand, RecoverCommand, InspectCommand)
     )

@@ -22,10 +22,10 @@ BODY = """\
 The other weights are in their places, so that the model loads like any other:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, {processor_class}
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = {model_class}.from_pretrained("{repo_id}", dtype="auto")
+{processor} = {processor_class}.from_pretrained("{repo_id}")
 ```
 
 The files are those of a dense model with zeros in them: they take the same disk space and memory, and run at the same
@@ -44,13 +44,19 @@ weights, run `optimum-cli sparse inspect {repo_id}`.
 """
 
 
-def model_card(metadata: Mapping[str, Any], report: SparsityReport | None = None, repo_id: str = "") -> ModelCard:
+def model_card(
+    metadata: Mapping[str, Any],
+    report: SparsityReport | None = None,
+    repo_id: str = "",
+    model_class: str = "AutoModelForCausalLM",
+) -> ModelCard:
     """Describe a pruned model for people and for the Hub's search.
 
     Args:
         metadata: Its `config.sparsity_config`.
         report: Adds the error of each kind of matrix, if it was pruned just now.
         repo_id: Where it will stand; only used in the text.
+        model_class: The class of Transformers to load it with.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -58,10 +64,11 @@ def model_card(metadata: Mapping[str, Any], report: SparsityReport | None = None
     on_hub = base is not None and ("/" in base or metadata["base_revision"] is not None)
     uniform = pattern is not None and all(entry["pattern"] == pattern for entry in metadata["matrices"].values())
     repo_id = repo_id or "path/to/this/model"
+    causal = model_class == "AutoModelForCausalLM"
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if causal else None,
         tags=["optimum-sparse", "sparse", "pruned", method, *([pattern] if pattern else [])],
     )
     body = BODY.format(
@@ -72,6 +79,9 @@ def model_card(metadata: Mapping[str, Any], report: SparsityReport | None = None
         num_matrices=sum(len(expand_name(name)) for name in metadata["matrices"]),
         pattern_note=f", in the pattern {pattern} (N non-zero of every M consecutive inputs)" if uniform else "",
         repo_id=repo_id,
+        model_class=model_class,
+        processor_class="AutoTokenizer" if causal else "AutoProcessor",
+        processor="tokenizer" if causal else "processor",
         table=_table(metadata["matrices"], report),
         how="\n".join(f"- {name}: {value}" for name, value in _how(metadata)),
     )
@@ -131,13 +141,10 @@ def _how(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     if metadata["base_revision"]:
         settings.append(("revision of the base model", f"`{metadata['base_revision']}`"))
     if metadata["dataset"]:
-        settings.append(
-            (
-                "calibration data",
-                f"{metadata['dataset']}, {metadata['num_samples']} windows, {metadata['num_tokens']} tokens in all, "
-                f"seed {metadata['seed']}",
-            )
-        )
+        amount = f"{metadata['num_samples']} samples"
+        if metadata["num_tokens"] is not None:  # images and sound have none
+            amount = f"{metadata['num_samples']} windows, {metadata['num_tokens']} tokens in all"
+        settings.append(("calibration data", f"{metadata['dataset']}, {amount}, seed {metadata['seed']}"))
     else:
         settings.append(("calibration data", "none"))
     return [*settings, ("versions", versions)]

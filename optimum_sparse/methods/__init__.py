@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..config import SparseConfig
 from ..statistics import GramStatistics, NormStatistics, Statistics
-from . import magnitude, sparsegpt, sparsegpt_reference, wanda
+from . import admm, magnitude, ria, sparsegpt, sparsegpt_reference, update, wanda
 from .solution import Solution
 
-__all__ = ["METHODS", "Method", "Solution"]
+__all__ = ["METHODS", "Method", "Solution", "statistics_for"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,26 @@ class Method:
     Attributes:
         solve: The function described above.
         statistics: Class that accumulates the inputs, or `None` if the method looks at the weights only.
+        parallel: Whether several CPU threads speed it up on matrices of any size: large products, no steps per column.
     """
 
     solve: Callable[..., Solution]
-    statistics: Callable[..., Statistics] | None
+    statistics: type[Statistics] | None
+    parallel: bool = False
 
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.solve, None),
     "wanda": Method(wanda.solve, NormStatistics),
+    "ria": Method(ria.solve, NormStatistics),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics),
+    "admm": Method(admm.solve, GramStatistics, parallel=True),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics),
+    "magnitude-update": Method(update.solve_magnitude, GramStatistics),
+    "wanda-update": Method(update.solve_wanda, GramStatistics),
 }
+
+
+def statistics_for(config: SparseConfig) -> type[Statistics] | None:
+    """What has to be known of the inputs: what the method needs, and the Gram matrix for a refinement."""
+    return GramStatistics if config.refine else METHODS[config.method].statistics

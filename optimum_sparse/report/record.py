@@ -22,8 +22,11 @@ class MatrixReport:
         numel: Number of weights.
         error: Squared norm of the change in its outputs relative to the outputs, on the calibration tokens
             (for methods without a Gram matrix, as if input features were uncorrelated); `None` without calibration.
-        num_tokens: Calibration tokens that it saw.
+        num_tokens: Calibration tokens that it saw: for an expert, those routed to it.
+        layer_share: The share that the tokens of its whole layer have in the statistics of an expert: 0 if enough were
+            routed to it, 1 if none was.
         damping: Fraction of the mean diagonal added to the Hessian, or `None`.
+        residual: How far an iterative method was from convergence when it stopped, or `None`.
         seconds: Time of its statistics and its share of the solve.
         notes: Whatever did not go the ordinary way.
     """
@@ -36,7 +39,9 @@ class MatrixReport:
     numel: int
     error: float | None
     num_tokens: int
+    layer_share: float
     damping: float | None
+    residual: float | None
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -54,7 +59,7 @@ class SparsityReport:
         config: The `SparseConfig` as a dict.
         calibration: Where the calibration tokens came from; empty for a method that needs none.
         matrices: One entry per pruned matrix, in the order of pruning.
-        skipped: Linear layers that stayed dense, and why.
+        skipped: Weights that stayed dense, and why.
         seconds: Time by phase.
         peak_memory: Largest memory held, in bytes: of the process on a CPU, of torch's allocator on a GPU.
         notes: Whatever did not go the ordinary way.

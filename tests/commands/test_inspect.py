@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
 
+from ..architectures import sweep_model
 from ..checkpoints import save_tiny
 from ..helpers import ARCHITECTURES, tiny_model
 from .cli import sparse
@@ -138,6 +139,54 @@ def test_weights_that_transformers_saves_otherwise(
     assert found["pruned_zeros"] == found["pruned_weights"] / 2
     change(tmp_path / "pruned", name, torch.ones_like(load_file(tmp_path / "pruned" / "model.safetensors")[name]))
     assert findings(capsys, tmp_path / "pruned")[0] == 1
+
+
+def test_experts_that_transformers_saves_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """In memory gate and up of all experts are one parameter, in the file each is a matrix; the truth is the same."""
+    model = sweep_model("mixtral")
+    pruner = SparsePruner(method="magnitude", pattern="2:4", progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    assert not any("gate_up_proj" in name for name in files)
+    code, found = findings(capsys, tmp_path)
+    assert (code, found["problems"]) == (0, [])
+    (row,) = (row for row in found["rows"] if row["name"].endswith("experts.gate_up_proj.{0-3}"))
+    assert (row["matrices"], row["pattern"], row["zeros"], row["claimed_zeros"]) == (
+        8,
+        "2:4",
+        *[row["numel"] // 2] * 2,
+    )
+    assert row["numel"] == 2 * model.model.layers[0].mlp.experts.gate_up_proj.numel()
+
+    change(tmp_path, "model.layers.1.block_sparse_moe.experts.2.w3.weight", torch.ones(64, 32))
+    code, found = findings(capsys, tmp_path)
+    assert code == 1
+    folded = "model.layers.{0-1}.mlp.experts.gate_up_proj.{0-3}"
+    claimed, numel = row["claimed_zeros"], row["numel"]
+    assert found["problems"] == [
+        f"{folded}: claims {claimed} zeros of {numel}, there are {claimed - 64 * 32 // 2} of {numel}.",
+        f"{folded}: claims 2:4, but 1 of 8 are not.",
+    ]
+    files = load_file(tmp_path / "model.safetensors")
+    del files["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
+    save_file(files, tmp_path / "model.safetensors", {"format": "pt"})
+    assert findings(capsys, tmp_path)[0] == 1
+
+
+def test_the_metadata_says_what_is_stored_transposed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Whatever the model is called: a file of GPT-2 is counted along its inputs because the metadata says so."""
+    save_pruned(tmp_path, "gpt2", pattern="1:4")
+    change_config(tmp_path, model_type="my-own")
+    assert findings(capsys, tmp_path)[0] == 0
+    metadata = json.loads((tmp_path / "config.json").read_text())["sparsity_config"]
+    for entry in metadata["matrices"].values():
+        assert entry["transposed"] is True
+        entry["transposed"] = False
+    change_config(tmp_path, sparsity_config=metadata)
+    code, found = findings(capsys, tmp_path)
+    assert code == 1
+    assert [problem.split(": ", 1)[1] for problem in found["problems"]] == ["claims 1:4, but 2 of 2 are not."] * 4
 
 
 def test_a_matrix_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture):

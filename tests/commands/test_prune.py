@@ -16,6 +16,7 @@ from optimum_sparse.config import SparseConfig
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
 
+from ..beyond_text import bert_model, t5_model
 from ..checkpoints import save_tiny, tiny_tokenizer, write_text
 from .cli import sparse
 
@@ -44,6 +45,8 @@ EVERY_FIELD = {
     "block_size": ("--block-size 64", 64),
     "dampening_frac": ("--dampening-frac 0.1", 0.1),
     "true_sequential": ("--no-true-sequential", False),
+    "min_expert_tokens": ("--min-expert-tokens 32", 32),
+    "calibrate_all_experts": ("--calibrate-all-experts", True),
     "comparison_group": ("--method wanda --comparison-group layer", "layer"),
 }
 
@@ -95,7 +98,8 @@ def test_bad_override(value: str, capsys: pytest.CaptureFixture):
     assert "argument --override: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture):
+def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "10000")  # or lines may break inside of a name, at its hyphens
     assert sparse("prune", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(SparseConfig):
@@ -103,6 +107,22 @@ def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture):
     for shown in ("MODEL", "OUT", "(default: 128)", "(default: sparsegpt)", "(default: yes)", "--no-true-sequential"):
         assert shown in text
     assert "default: None" not in text
+
+
+@pytest.mark.parametrize("build", [t5_model, bert_model])
+def test_other_models_of_text(build, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The class is that of the checkpoint, and the calibration data text as ever."""
+    dense = build()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    arguments = ("--pattern", "2:4", "--dataset", text, "--num-samples", "4", "--seqlen", "16")
+    assert sparse("prune", tmp_path / "dense", tmp_path / "out", *arguments) == 0
+    pruned = type(dense).from_pretrained(tmp_path / "out")
+    metadata = pruned.config.sparsity_config
+    assert metadata["achieved_sparsity"] == 0.5 and len(metadata["matrices"]) > 5
+    assert sum(not torch.equal(a, b) for a, b in zip(pruned.parameters(), dense.parameters(), strict=True)) > 5
+    capsys.readouterr()
+    assert sparse("inspect", tmp_path / "out") == 0
 
 
 def test_config_file_and_options(tmp_path: Path):

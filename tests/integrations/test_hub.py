@@ -43,7 +43,18 @@ def card_of(metadata: dict, *arguments) -> tuple[dict, str]:
 
 
 def report_of(errors: dict[str, float | None]) -> SparsityReport:
-    entry = dict(block="0", shape=(2, 2), pattern="2:4", zeros=2, numel=4, num_tokens=8, damping=None, seconds=0.1)
+    entry = dict(
+        block="0",
+        shape=(2, 2),
+        pattern="2:4",
+        zeros=2,
+        numel=4,
+        num_tokens=8,
+        layer_share=0.0,
+        damping=None,
+        residual=None,
+    )
+    entry["seconds"] = 0.1
     return SparsityReport(config={}, matrices=[MatrixReport(name=n, error=e, **entry) for n, e in errors.items()])
 
 
@@ -85,6 +96,12 @@ def test_card_without_calibration():
     _, text = card_of(metadata, report_of({"layers.0.up": None}))
     assert "- calibration data: none" in text
     assert "squared change" not in text
+
+
+def test_card_of_a_model_calibrated_without_tokens():
+    _, text = card_of({**METADATA, "dataset": "DataLoader", "num_tokens": None, "seqlen": None})
+    assert "- calibration data: DataLoader, 128 samples, seed 7\n" in text
+    assert "None" not in text
 
 
 def client(hub: FakeHub, home: Path, code: str, *arguments: str) -> str:
@@ -178,3 +195,11 @@ def test_hub_out_of_reach(tmp_path: Path):
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
     assert "the Hub cannot be reached" in result.stderr.splitlines()[-1]
+
+
+def test_card_of_another_kind_of_model():
+    """What it says to run is what loads the model."""
+    card = str(model_card(METADATA, None, "me/t5", "T5ForConditionalGeneration"))
+    assert "from transformers import T5ForConditionalGeneration, AutoProcessor" in card
+    assert 'T5ForConditionalGeneration.from_pretrained("me/t5"' in card
+    assert "text-generation" not in card and "AutoModelForCausalLM" not in card

@@ -85,6 +85,67 @@ def wanda(weight: torch.Tensor, inputs: torch.Tensor, pattern, group: str = "out
     return apply_scores(weight, scores, pattern, group)
 
 
+def ria(weight: torch.Tensor, inputs: torch.Tensor, pattern, group: str = "layer", **_) -> OracleResult:
+    """S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^0.5 (Zhang et al., 2024)."""
+    weight, inputs = weight.double(), inputs.double()
+    scores = torch.empty_like(weight)
+    for j in range(weight.shape[1]):
+        norm = math.sqrt(sum(float(x) ** 2 for x in inputs[:, j]))
+        of_input = sum(abs(float(w)) for w in weight[:, j])
+        for i in range(weight.shape[0]):
+            of_output = sum(abs(float(w)) for w in weight[i])
+            share = 1 / of_input + 1 / of_output if of_input and of_output else 0.0
+            scores[i, j] = abs(float(weight[i, j])) * share * math.sqrt(norm)
+    return apply_scores(weight, scores, pattern, group)
+
+
+def wanda_update(weight: torch.Tensor, inputs: torch.Tensor, pattern, **options) -> OracleResult:
+    """Wanda's mask, then the update of Optimal Brain Surgeon."""
+    return update(wanda(weight, inputs, pattern), weight, inputs, **options)
+
+
+def magnitude_update(weight: torch.Tensor, inputs: torch.Tensor, pattern, **options) -> OracleResult:
+    """The mask of magnitude pruning, then the update of Optimal Brain Surgeon."""
+    return update(magnitude(weight, inputs, pattern), weight, inputs, **options)
+
+
+def update(
+    chosen: OracleResult, weight: torch.Tensor, inputs: torch.Tensor, dampening_frac: float = 0.01, **_
+) -> OracleResult:
+    """As `sparsegpt`, from left to right, with a mask that was chosen before."""
+    weight, inputs = weight.double().clone(), inputs.double()
+    hessian = inputs.T @ inputs
+    live = [float(value) for value in hessian.diagonal() if value > 0]
+    hessian += dampening_frac * sum(live) / len(live) * torch.eye(len(hessian), dtype=torch.float64)
+    for j in range(len(hessian)):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        for i in range(len(weight)):
+            if not chosen.mask[i, j]:
+                weight[i, j:] -= weight[i, j] / inverse[0, 0] * inverse[0]
+                weight[i, j] = 0.0
+    return OracleResult(weight, chosen.mask, chosen.margin)
+
+
+def least_squares(
+    weight: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor, dampening_frac: float = 0.0
+) -> torch.Tensor:
+    """The v of least ||(w - v) X||^2 + dampening_frac * sum_j ||X_j||^2 (w_j - v_j)^2 that a mask allows."""
+    weight, hessian = weight.double(), inputs.double().T @ inputs.double()
+    hessian += dampening_frac * torch.diag(hessian.diagonal())
+    result = torch.zeros_like(weight)
+    for i in range(len(weight)):
+        kept = mask[i].nonzero().squeeze(1)
+        result[i, kept] = torch.linalg.lstsq(
+            hessian[kept][:, kept], (hessian @ weight[i])[kept, None], driver="gelsd"
+        ).solution.squeeze(1)
+    return result
+
+
+def error(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """||(w - v) X||^2 of each row."""
+    return ((weight.double() - pruned.double()) @ inputs.double().T).square().sum(dim=1)
+
+
 def sparsegpt(
     weight: torch.Tensor,
     inputs: torch.Tensor,

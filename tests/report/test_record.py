@@ -15,7 +15,9 @@ def entry(name, block, zeros, error, **options):
         numel=32,
         error=error,
         num_tokens=10,
+        layer_share=0.0,
         damping=None,
+        residual=None,
         seconds=1.5,
         **options,
     )

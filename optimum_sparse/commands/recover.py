@@ -1,0 +1,116 @@
+"""`optimum-cli sparse recover`: train a pruned model and keep every zero."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from ..loading import load_model, local_path
+from ..recovery.config import METHODS, RecoveryConfig
+from . import user_errors
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DESCRIPTION = """\
+Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
+on from its last checkpoint when the same command is given again.
+
+The rows of the dataset have the column "text", the columns "prompt" and "completion", or the column "messages".
+
+examples:
+  optimum-cli sparse recover ./pruned ./recovered --dataset my-text.jsonl
+  optimum-cli sparse recover ./pruned ./recovered --dataset my-text.jsonl --distill ./dense
+  optimum-cli sparse recover ./pruned ./recovered --dataset trl-lib/Capybara --method full --max-steps 1000
+"""
+
+
+class RecoverCommand(BaseOptimumCLICommand):
+    """Trains a pruned model and saves it."""
+
+    COMMAND = CommandInfo(name="recover", help="Train a pruned model and keep every zero.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the options."""
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.usage = "%(prog)s DIR OUT --dataset DATA [options]"
+        parser.description = DESCRIPTION
+        parser.add_argument("model", metavar="DIR", help="folder or Hub id of the pruned model")
+        parser.add_argument("output", metavar="OUT", help="folder to save the recovered model in")
+        parser.add_argument(
+            "--dataset",
+            required=True,
+            metavar="DATA",
+            help="a .jsonl, .json, .parquet or .txt file, or a Hub dataset as path[:config[:split]]",
+        )
+        parser.add_argument("--distill", metavar="TEACHER", help="learn from this dense model (folder or Hub id)")
+        parser.add_argument(
+            "--teacher-cache", metavar="FOLDER", help="keep the 512 likeliest tokens of the teacher on disk"
+        )
+        hints = get_type_hints(RecoveryConfig)
+        for field in fields(RecoveryConfig):
+            hint = hints[field.name]
+            help_text = field.metadata["help"]
+            if "(default" not in help_text:
+                help_text += f" (default: {field.default})"
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                default=SUPPRESS,
+                type=get_args(hint)[0] if get_args(hint) else hint,
+                choices=METHODS if field.name == "method" else None,
+                help=help_text.replace("%", "%%"),
+            )
+        parser.add_argument(
+            "--dtype", choices=DTYPES, default="auto", help="type of the saved weights (default: the checkpoint's)"
+        )
+        parser.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
+        )
+
+    def run(self) -> None:
+        """Train and save."""
+        with user_errors():
+            recover_from(self.args)
+
+
+def recover_from(args: Namespace) -> None:
+    """Do what the command line asks.
+
+    Raises:
+        ValueError: An option is wrong, or model, data and teacher do not go together.
+        OSError: A file cannot be read or written, or the Hub cannot be reached.
+    """
+    config = RecoveryConfig(
+        **{field.name: getattr(args, field.name) for field in fields(RecoveryConfig) if hasattr(args, field.name)}
+    )
+    output, source = Path(args.output), local_path(args.model)
+    if source is not None and output.exists() and output.samefile(source):
+        raise ValueError(f"OUT is DIR ({output}): give another folder, the pruned model is not overwritten.")
+    if args.teacher_cache and not args.distill:
+        raise ValueError("--teacher-cache needs a teacher: give --distill TEACHER.")
+
+    from ..recovery.recover import recover
+    from ..recovery.teacher_cache import TopKCache
+
+    model, tokenizer = load_model(args.model, args.dtype)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer: save that of the dense model along with it.")
+    record = recover(
+        model,
+        tokenizer,
+        output,
+        args.dataset,
+        config,
+        teacher=load_model(args.distill, args.dtype)[0] if args.distill else None,
+        teacher_cache=TopKCache(args.teacher_cache) if args.teacher_cache else None,
+        device=None if args.device == "auto" else args.device,
+    )
+    print(
+        f"Perplexity on {config.eval_samples} held-out texts: {record['perplexity_before']:.4g} before, "
+        f"{record['perplexity_after']:.4g} after.\n"
+        f"Saved to {output}. Check the zeros with: optimum-cli sparse inspect {output}"
+    )

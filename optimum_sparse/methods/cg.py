@@ -1,0 +1,96 @@
+"""Masked conjugate gradients: the best values for the weights that a mask keeps."""
+
+from __future__ import annotations
+
+import torch
+
+from ..statistics import GramStatistics
+
+# Stop when a round lowers the summed error by less than this fraction.
+TOLERANCE = 1e-3
+
+
+def unit_gram(statistics: GramStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Gram matrix of the inputs when each feature is scaled to norm 1, which no channel can dominate.
+
+    Features that were always zero have norm 0 and zero rows. If all were, all norms are 1: the weights then decide.
+
+    Returns:
+        The scaled Gram matrix, `[in, in]` fp32, and the norms, `[in]` fp32.
+    """
+    norms = statistics.squared_norms.sqrt()
+    inverse = inverse_norms(norms)
+    gram = statistics.gram * inverse * inverse[:, None]
+    return gram, norms if norms.any() else torch.ones_like(norms)
+
+
+def inverse_norms(norms: torch.Tensor) -> torch.Tensor:
+    """1 / norm, and 0 for features of norm 0."""
+    return torch.where(norms > 0, 1 / norms, 0)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What to multiply matrices in where rounding does not matter: bfloat16 if the hardware does, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def conjugate_gradients(
+    deviation: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, damping: float, rounds: int, steps: int
+) -> torch.Tensor:
+    """Minimise D (G + damping I) D^T of each row over the entries of D that the mask keeps; the others are fixed.
+
+    Each round takes the residual in fp32 and improves on it by conjugate gradients whose matrix products may be
+    rounded to bfloat16. A row whose undamped error D G D^T did not fall stays as it was.
+
+    Args:
+        deviation: D = target - weight in units of `gram`, `[rows, in]` fp32.
+        mask: `[rows, in]`, true where the weight may change.
+        gram: G with unit diagonal, `[in, in]` fp32.
+        damping: What is added to the diagonal, which keeps the weights near the target.
+        rounds: At most so many rounds; they stop when one gains nothing.
+        steps: Steps of a round, each a product of the size of `deviation @ gram`.
+    """
+    rounded = gram.to(product_dtype(gram.device))
+    product = deviation @ gram
+    error = (product * deviation).sum(dim=1, keepdim=True)
+    for _ in range(rounds):
+        residual = torch.add(product, deviation, alpha=damping).neg_().mul_(mask)
+        candidate = deviation + _steps(residual, mask, rounded, damping, steps)
+        product_then = candidate @ gram
+        error_then = (product_then * candidate).sum(dim=1, keepdim=True)
+        better = error_then < error
+        before = error.sum()
+        deviation = torch.where(better, candidate, deviation)
+        product = torch.where(better, product_then, product)
+        error = torch.where(better, error_then, error)
+        if error.sum() >= (1 - TOLERANCE) * before:
+            break
+    return deviation
+
+
+def _steps(residual: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, damping: float, steps: int) -> torch.Tensor:
+    """Steps of conjugate gradients from zero for all rows at once; `residual` is overwritten.
+
+    Args:
+        residual: Right-hand side, `[rows, in]`, zero where the mask is.
+        mask: Entries that may change.
+        gram: `[in, in]` in the dtype to multiply in.
+        damping: Added to its diagonal.
+        steps: Number of steps.
+    """
+    solution = torch.zeros_like(residual)
+    direction = residual.clone()
+    squared = residual.square().sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        image = (direction.to(gram.dtype) @ gram).float().add_(direction, alpha=damping).mul_(mask)
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        length = torch.where(curvature > 0, squared / curvature, 0)
+        solution.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
+        squared, previous = residual.square().sum(dim=1, keepdim=True), squared
+        direction.mul_(torch.where(previous > 0, squared / previous, 0)).add_(residual)
+    return solution

@@ -1,0 +1,63 @@
+"""Wanda and magnitude with weight update: ablations of the Wanda paper (Sun et al., ICLR 2024, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import SparseConfig
+from ..patterns import Pattern
+from ..statistics import GramStatistics
+from . import magnitude, wanda
+from .hessian import reversed_cholesky
+from .solution import Solution
+from .sparsegpt import _blocks, _sweep
+
+
+def solve_wanda(
+    weight: torch.Tensor,
+    statistics: GramStatistics,
+    pattern: Pattern,
+    config: SparseConfig,
+    rows: Sequence[int] | None = None,
+) -> Solution:
+    """Choose the mask of a matrix as Wanda does, then make up for it with SparseGPT's update.
+
+    See `optimum_sparse.methods` for the arguments.
+    """
+    mask = wanda.solve(weight, statistics, pattern, config, rows).mask
+    return _update(weight, mask, statistics, pattern, config)
+
+
+def solve_magnitude(
+    weight: torch.Tensor,
+    statistics: GramStatistics,
+    pattern: Pattern,
+    config: SparseConfig,
+    rows: Sequence[int] | None = None,
+) -> Solution:
+    """Choose the mask of a matrix by magnitude, then make up for it with SparseGPT's update.
+
+    See `optimum_sparse.methods` for the arguments.
+    """
+    mask = magnitude.solve(weight, None, pattern, config, rows).mask
+    return _update(weight, mask, statistics, pattern, config)
+
+
+def _update(
+    weight: torch.Tensor, mask: torch.Tensor, statistics: GramStatistics, pattern: Pattern, config: SparseConfig
+) -> Solution:
+    """The paper's sequential update: SparseGPT's sweep from left to right, with a mask that is already chosen."""
+    factor, damping = reversed_cholesky(statistics, config.dampening_frac)
+    target, keep = weight.T.contiguous(), mask.T.contiguous()
+    pruned, errors = torch.empty_like(target), torch.empty_like(target)
+    for start, stop in _blocks(target.shape[0], config.block_size, pattern):
+        block = slice(start, stop)
+        eye = torch.eye(stop - start, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
+        received = factor[:start, block].T @ errors[:start]
+        columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
+        _sweep(columns, inverse, keep[block], pattern)
+        torch.sub(target[block], columns, out=errors[block])
+    return Solution(pruned.T.contiguous(), mask, damping)

@@ -1,0 +1,186 @@
+"""From matrices and the statistics of their inputs to new weights in the model and entries in the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import SparseConfig
+from .matrices import PrunableMatrix
+from .methods import METHODS, Solution, statistics_for
+from .methods.refine import refine
+from .progress import Progress
+from .report import MatrixReport, SparsityReport
+from .statistics import GramStatistics, Statistics
+
+logger = logging.getLogger(__name__)
+
+# Stacks of up to this many weights are solved on one CPU thread. Sharing out operations of a few microseconds gains
+# little, and costs milliseconds each as soon as another process holds one of the cores.
+ONE_THREAD = 2**22
+
+# Matrices that share their inputs.
+Group = Sequence[PrunableMatrix]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A matrix, its new weight in the model's dtype, and what the report says of it."""
+
+    matrix: PrunableMatrix
+    weight: torch.Tensor
+    entry: MatrixReport
+
+
+class Solver:
+    """Solves and writes matrices, and keeps the record of it."""
+
+    def __init__(self, config: SparseConfig, report: SparsityReport, progress: Progress) -> None:
+        self.statistics = statistics_for(config)
+        self._method = METHODS[config.method]
+        self._config = config
+        self._report = report
+        self._progress = progress
+
+    def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
+        """Empty statistics for the inputs of a matrix."""
+        assert self.statistics is not None
+        return self.statistics(matrix.shape[1], matrix.parameter.device)
+
+    def solve(
+        self, group: Group, statistics: Statistics | None, seconds: float = 0.0, layer_share: float = 0.0
+    ) -> list[Solved]:
+        """Prune matrices that share their inputs, without writing them yet.
+
+        Args:
+            group: The matrices.
+            statistics: Of their inputs, or `None` for a method that needs none.
+            seconds: What the statistics took.
+            layer_share: The share in the statistics of an expert that those of its layer have.
+        """
+        solved = []
+        with self.timed("solve") as clock:
+            for pattern in dict.fromkeys(matrix.pattern for matrix in group):
+                stack = [matrix for matrix in group if matrix.pattern == pattern]
+                # The caller may have autocast on for the model's sake; the solver works in fp32.
+                with torch.autocast(stack[0].parameter.device.type, enabled=False), self._threads_for(stack):
+                    solutions, errors = self._solve_stack(stack, statistics)
+                for matrix, solution, error in zip(stack, solutions, errors, strict=True):
+                    weight = solution.weight.to(matrix.parameter.dtype)
+                    spent = (clock.elapsed + seconds) / len(group)
+                    entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share)
+                    solved.append(Solved(matrix, weight, entry))
+        return solved
+
+    def write(self, solved: Sequence[Solved]) -> None:
+        """Write new weights to the model and their entries to the report."""
+        for one in solved:
+            one.matrix.write(one.weight)
+            self._report.matrices.append(one.entry)
+            self._progress.step(one.entry)
+            for note in one.entry.notes:
+                logger.warning("%s: %s.", one.matrix.name, note)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[Clock]:
+        """Add the time that the body takes to a phase."""
+        clock = Clock()
+        try:
+            yield clock
+        finally:
+            self.spend(phase, clock.elapsed)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Add to the time of a phase."""
+        self._report.seconds[phase] = self._report.seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def _threads_for(self, stack: Sequence[PrunableMatrix]) -> Iterator[None]:
+        """As many CPU threads as solving the stacked matrices can use."""
+        threads = torch.get_num_threads()
+        small = sum(matrix.numel for matrix in stack) <= ONE_THREAD
+        if small and not self._method.parallel and not self._config.refine:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _solve_stack(
+        self, stack: Sequence[PrunableMatrix], statistics: Statistics | None
+    ) -> tuple[list[Solution], list[float | None]]:
+        names = ", ".join(matrix.name for matrix in stack)
+        weight = torch.cat([matrix.read().float() for matrix in stack])
+        if not weight.isfinite().all():
+            raise ValueError(f"The weights of {names} contain NaN or infinity: the checkpoint is damaged.")
+        if statistics is not None and not statistics.squared_norms.isfinite().all():
+            raise ValueError(
+                f"The inputs of {names} contain NaN or infinity: load the model in bfloat16 or float32 instead of "
+                "float16, and check that its weights and the calibration data are sound."
+            )
+        rows = [matrix.shape[0] for matrix in stack]
+        try:
+            solution = self._method.solve(weight, statistics, stack[0].pattern, self._config, rows)
+            if self._config.refine:
+                assert isinstance(statistics, GramStatistics)
+                solution = refine(self._config.refine, solution, weight, statistics, stack[0].pattern, self._config)
+        except ValueError as error:
+            raise ValueError(f"{names}: {error}.") from error
+        errors: list[float | None] = [None] * len(stack)
+        if statistics is not None:
+            written = solution.weight.to(stack[0].parameter.dtype).float()
+            lost, energy = statistics.output_energy(weight - written), statistics.output_energy(weight)
+            errors = [
+                (part.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
+                for part, whole in zip(lost.split(rows), energy.split(rows), strict=True)
+            ]
+        parts = zip(solution.weight.split(rows), solution.mask.split(rows), strict=True)
+        return [replace(solution, weight=part, mask=mask) for part, mask in parts], errors
+
+    def _entry(
+        self,
+        matrix: PrunableMatrix,
+        weight: torch.Tensor,
+        solution: Solution,
+        error: float | None,
+        statistics: Statistics | None,
+        seconds: float,
+        layer_share: float,
+    ) -> MatrixReport:
+        notes = []
+        if solution.damping is not None and solution.damping > self._config.dampening_frac:
+            notes.append(f"damping was raised from {self._config.dampening_frac:g} to {solution.damping:g} to factor")
+        if statistics is not None and not statistics.squared_norms.any():
+            notes.append(f"its inputs were zero on all {statistics.num_tokens} calibration tokens")
+        return MatrixReport(
+            name=matrix.name,
+            block=matrix.block,
+            shape=matrix.shape,
+            pattern=str(matrix.pattern),
+            zeros=int((weight == 0).sum()),
+            numel=matrix.numel,
+            error=error,
+            num_tokens=0 if statistics is None else statistics.num_tokens,
+            layer_share=layer_share,
+            damping=solution.damping,
+            residual=solution.residual,
+            seconds=seconds,
+            notes=tuple(notes),
+        )
+
+
+class Clock:
+    """Time since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started

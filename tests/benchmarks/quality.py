@@ -1,0 +1,116 @@
+"""Perplexity and time of the methods at 50 %, 2:4 and 70 %, on the text of calibration and on other text.
+
+SmolLM2-135M-Instruct in bfloat16; calibration on 16 windows of 2,048 tokens of WikiText-2 raw validation, perplexity
+over the first 20 of test and, if the folder has it, of C4.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SEQLEN, arguments, calibration_windows, machine, smollm2, wikitext, write_json
+from parity import CALIBRATION_WINDOWS, EVALUATION_WINDOWS
+
+from optimum_sparse import SparsePruner
+from optimum_sparse.config import METHOD_NAMES
+from optimum_sparse.evaluation import perplexity, wikitext_tokens
+from optimum_sparse.loading import load_model
+
+TARGETS: dict[str, dict[str, Any]] = {"50": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}, "70": {"sparsity": 0.7}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in METHOD_NAMES if name != "sparsegpt-reference"},
+    "wanda+swaps": {"method": "wanda", "refine": "swaps"},
+    "wanda+cg": {"method": "wanda", "refine": "cg"},
+    "sparsegpt+swaps": {"method": "sparsegpt", "refine": "swaps"},
+    "sparsegpt+cg": {"method": "sparsegpt", "refine": "cg"},
+}
+
+
+def main() -> None:
+    """Measure the rows asked for, print them as they come, write JSON."""
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a row, or a pattern like 'admm *'; repeatable"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=JSON", help="of SparseConfig, for all rows; repeatable"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="draw the calibration windows with this seed (default: the first ones)"
+    )
+    args = parser.parse_args()
+    options = {name: json.loads(value) for name, value in (option.split("=", 1) for option in args.option)}
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(smollm2())
+    windows = calibration(args.data, tokenizer, args.seed)
+    texts = {"wikitext2": wikitext_tokens(wikitext(args.data, "test"), tokenizer)}
+    if (other := c4(args.data)) is not None:
+        texts["c4"] = tokenizer("\n\n".join(other), return_tensors="pt").input_ids[0]
+
+    print(f"{'':<24}" + "".join(f" {name:>10}" for name in texts) + f" {'seconds':>8}  phases", flush=True)
+    rows: dict[str, dict[str, Any]] = {"dense": {}}
+    rows.update({f"{v} {t}": {**VARIANTS[v], **TARGETS[t], **options} for v in VARIANTS for t in TARGETS})
+    chosen = [row for row in rows if not args.only or any(fnmatch.fnmatch(row, pattern) for pattern in args.only)]
+    if not chosen:
+        sys.exit(f"No row matches {args.only}; there are: {', '.join(rows)}.")
+    results = [measure(row, rows[row], model, windows, texts) for row in chosen]
+    settings = {
+        "calibration_windows": len(windows),
+        "calibration_seed": args.seed,
+        "evaluation_windows": EVALUATION_WINDOWS,
+        "seqlen": SEQLEN,
+    }
+    write_json(args.json, {"machine": machine(args.threads), "settings": settings, "rows": results})
+
+
+def calibration(data: Path, tokenizer: Any, seed: int | None) -> torch.Tensor:
+    """The first windows of WikiText-2 raw validation, or some that a seed draws, `[windows, SEQLEN]`."""
+    if seed is None:
+        return calibration_windows(data, tokenizer, CALIBRATION_WINDOWS)
+    tokens = wikitext_tokens(wikitext(data, "valid"), tokenizer)
+    every = tokens[: len(tokens) // SEQLEN * SEQLEN].view(-1, SEQLEN)
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_WINDOWS]]
+
+
+def c4(data: Path) -> list[str] | None:
+    """Documents of C4 from the first file in `data`/c4, if there is one: text that no row is calibrated on."""
+    files = sorted((data / "c4").glob("*.jsonl"))
+    if not files:
+        return None
+    return [json.loads(line)["text"] for line in files[0].read_text(encoding="utf-8").splitlines()]
+
+
+def measure(
+    name: str, options: dict[str, Any], dense: Any, windows: torch.Tensor, texts: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Prune a copy of the dense model, evaluate it on all texts, print the line of the table and return it."""
+    model, phases, seconds = copy.deepcopy(dense), {}, 0.0
+    progress = sys.stderr.isatty()
+    if options:
+        pruner = SparsePruner(num_samples=len(windows), seqlen=SEQLEN, batch_size=1, progress=progress, **options)
+        start = time.perf_counter()
+        pruner.prune(model, dataset={"input_ids": windows})
+        seconds, phases = time.perf_counter() - start, pruner.report.seconds
+    values = {
+        text: perplexity(model, tokens, SEQLEN, EVALUATION_WINDOWS, progress=progress).value
+        for text, tokens in texts.items()
+    }
+    print(
+        f"{name:<24}"
+        + "".join(f" {value:10.2f}" for value in values.values())
+        + f" {seconds:8.1f}  "
+        + ", ".join(f"{phase} {spent:.1f}" for phase, spent in phases.items()),
+        flush=True,
+    )
+    return {"name": name, "options": options, "perplexity": values, "seconds": seconds, "phases": phases}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`optimum-cli sparse recover` on tiny models, checked with `optimum-cli sparse inspect`."""
+
+import json
+
+import pytest
+import torch
+from optimum.commands.base import RootOptimumCLICommand
+from optimum.commands.optimum_cli import register_optimum_cli_subcommand
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from optimum_sparse.commands.inspect import inspect
+from optimum_sparse.commands.recover import RecoverCommand
+from optimum_sparse.recovery import recover as recover_module
+from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
+from tests.recovery.pruned import assert_zeros_kept, pruned_model, zero_positions
+
+
+def run(*arguments) -> int:
+    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
+    register_optimum_cli_subcommand(RecoverCommand, root)
+    try:
+        namespace = root.parser.parse_args(["recover", *map(str, arguments)])
+        namespace.func(namespace).run()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A pruned model, its dense teacher and a text."""
+    model = pruned_model()
+    model.save_pretrained(tmp_path / "pruned")
+    tiny_tokenizer().save_pretrained(tmp_path / "pruned")
+    save_tiny(tmp_path / "dense")
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+FAST = ("--max-steps", 4, "--seqlen", 32, "--gradient-accumulation", 2, "--eval-samples", 4, "--device", "cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "norms"])
+@pytest.mark.parametrize("distill", [False, True], ids=["", "distilled"])
+def test_recovers_and_keeps_the_zeros(method, distill, folders, capsys):
+    teacher = ("--distill", folders / "dense") if distill else ()
+    options = ("--dataset", folders / "text.txt", "--method", method, *teacher, *FAST)
+    assert run(folders / "pruned", folders / "out", *options, "--learning-rate", 1e-2) == 0
+    printed = capsys.readouterr().out
+    pruned, recovered = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("pruned", "out"))
+    assert_zeros_kept(recovered, zero_positions(pruned))
+    changed = [n for n, w in recovered.state_dict().items() if not torch.equal(w, pruned.state_dict()[n])]
+    assert changed and (method != "norms" or all("norm" in name for name in changed))
+
+    before, after = (inspect(str(folders / name)) for name in ("pruned", "out"))
+    assert after["metadata_is_true"]
+    assert after["pruned_zeros"] == before["pruned_zeros"] > 0
+    record = recovered.config.sparsity_config["recovery"]
+    assert record["method"] == method
+    assert record["dataset"] == "text.txt"
+    assert record["teacher"] == ("dense" if distill else None)
+    assert record["num_tokens"] == 4 * 2 * 32
+    assert f"{record['perplexity_before']:.4g} before, {record['perplexity_after']:.4g} after" in printed
+    assert record["perplexity_after"] != record["perplexity_before"]
+    card = (folders / "out" / "README.md").read_text()
+    assert "base_model_relation: finetune" in card
+    assert f"{record['perplexity_after']:.4g} after" in card
+    assert str(folders) not in card + json.dumps(recovered.config.to_dict()["sparsity_config"])
+    assert sorted(path.name for path in (folders / "out").iterdir() if path.is_dir()) == []
+
+
+def test_the_perplexity_is_that_of_the_saved_model(folders):
+    assert run(folders / "pruned", folders / "out", "--dataset", folders / "text.txt", *FAST) == 0
+    recovered = AutoModelForCausalLM.from_pretrained(folders / "out")
+    tokens = tiny_tokenizer()((folders / "text.txt").read_text())["input_ids"] + [2]
+    pieces = [tokens[i : i + 32] for i in range(0, len(tokens) - 31, 32)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:4]
+    ids = torch.tensor([pieces[i] for i in order])
+    with torch.no_grad():
+        expected = recovered(input_ids=ids, labels=ids).loss.exp().item()
+    assert recovered.config.sparsity_config["recovery"]["perplexity_after"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_run_goes_on(method, folders, monkeypatch, caplog):
+    options = ("--dataset", folders / "text.txt", "--method", method, *FAST, "--save-steps", 2)
+    assert run(folders / "pruned", folders / "whole", *options) == 0
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        train = recover_module.Trainer.train
+
+        def interrupted(self, *args, **kwargs):
+            self.add_callback(Interrupt())
+            return train(self, *args, **kwargs)
+
+        patch.setattr(recover_module.Trainer, "train", interrupted)
+        assert run(folders / "pruned", folders / "out", *options) == 130
+    assert (folders / "out" / "recovery-checkpoints" / "checkpoint-2").is_dir()
+    assert run(folders / "pruned", folders / "out", *options) == 0
+    assert "Resuming the run" in caplog.text
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("whole", "out"))
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_checkpoints_of_another_run_are_not_used(folders, monkeypatch, capsys):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    options = ("--dataset", folders / "text.txt", *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_module.Trainer, "train", interrupted)
+        run(folders / "pruned", folders / "out", *options)
+    assert run(folders / "pruned", folders / "out", *options, "--rank", 4) == 2
+    assert "holds checkpoints of another run (other rank): delete it to start anew" in capsys.readouterr().err
+
+
+def test_bfloat16_and_experts(tmp_path):
+    model = pruned_model("mixtral").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "pruned")
+    tiny_tokenizer().save_pretrained(tmp_path / "pruned")
+    write_text(tmp_path / "text.txt")
+    assert run(tmp_path / "pruned", tmp_path / "out", "--dataset", tmp_path / "text.txt", *FAST) == 0
+    recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert recovered.dtype == torch.bfloat16
+    assert_zeros_kept(recovered, zero_positions(model))
+    key = "model.layers.0.mlp.experts.gate_up_proj"
+    assert not torch.equal(recovered.get_parameter(key), model.get_parameter(key))
+    assert recovered.config.sparsity_config["matrices"] == model.config.sparsity_config["matrices"]
+
+
+def test_teacher_cache(folders):
+    options = ("--dataset", folders / "text.txt", "--distill", folders / "dense", *FAST)
+    assert run(folders / "pruned", folders / "out", *options, "--teacher-cache", folders / "cache") == 0
+    assert len(list((folders / "cache").glob("*.safetensors"))) == 8
+
+
+class TestErrors:
+    """Each ends with one line and exit code 2."""
+
+    def fails(self, capsys, *arguments) -> str:
+        assert run(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        return line
+
+    def test_a_dense_model(self, folders, capsys):
+        line = self.fails(capsys, folders / "dense", folders / "out", "--dataset", folders / "text.txt", *FAST)
+        assert "has no config.sparsity_config, so it is not known to be pruned" in line
+
+    def test_another_vocabulary(self, folders, capsys):
+        save_tiny(folders / "other", vocab_size=256)
+        options = ("--dataset", folders / "text.txt", "--distill", folders / "other", *FAST)
+        line = self.fails(capsys, folders / "pruned", folders / "out", *options)
+        assert "The teacher does not fit the model: its vocab_size is 256" in line
+
+    def test_too_little_data(self, folders, capsys):
+        options = ("--dataset", folders / "text.txt", *FAST, "--eval-samples", 1000)
+        assert "1000 are held out for evaluation" in self.fails(capsys, folders / "pruned", folders / "out", *options)
+
+    def test_out_is_dir(self, folders, capsys):
+        options = ("--dataset", folders / "text.txt")
+        assert "OUT is DIR" in self.fails(capsys, folders / "pruned", folders / "pruned", *options)
+
+    def test_an_option_out_of_range(self, folders, capsys):
+        options = ("--dataset", folders / "text.txt", "--rank", 0)
+        assert "rank must be at least 1, got 0" in self.fails(capsys, folders / "pruned", folders / "out", *options)
+
+    def test_a_cache_without_a_teacher(self, folders, capsys):
+        options = ("--dataset", folders / "text.txt", "--teacher-cache", folders / "cache")
+        assert "--teacher-cache needs a teacher" in self.fails(capsys, folders / "pruned", folders / "o", *options)
