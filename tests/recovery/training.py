@@ -1,7 +1,9 @@
 """A training that a launcher starts in two processes, on the CPU: `training.py OUT MODE`."""
 
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -38,6 +40,12 @@ def arguments(output: Path, **options) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **options})
 
 
+def leave() -> NoReturn:
+    """End the process here: when torch frees what belonged to the process group, gloo's threads may block forever."""
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def train(output: Path, mode: str) -> None:
     """Train with the stock Trainer, as the launcher and the mode say."""
     set_seed(0)
@@ -54,6 +62,7 @@ def train(output: Path, mode: str) -> None:
         trained = trainer.model.merge_and_unload() if mode == "lora" else trainer.model
         trained.save_pretrained(output)
     trainer.accelerator.end_training()
+    leave()
 
 
 def train_sharded(output: Path) -> None:
@@ -80,6 +89,7 @@ def train_sharded(output: Path) -> None:
         whole.load_state_dict(weights)
         whole.save_pretrained(output)
     torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
