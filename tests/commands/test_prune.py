@@ -48,6 +48,7 @@ EVERY_FIELD = {
     "min_expert_tokens": ("--min-expert-tokens 32", 32),
     "calibrate_all_experts": ("--calibrate-all-experts", True),
     "comparison_group": ("--method wanda --comparison-group layer", "layer"),
+    "refine": ("--refine cg", "cg"),
 }
 
 

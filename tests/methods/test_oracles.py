@@ -195,8 +195,9 @@ def test_stacked_rows_are_separate_matrices(method, pattern):
     parts = [solve(method, case, weight=part) for part in weight_of(case).split(rows)]
     assert torch.equal(stacked.mask, torch.cat([part.mask for part in parts]))
     weight = torch.cat([part.weight for part in parts])
-    # Not to the bit: the rounding of a matrix product may depend on its number of rows.
-    torch.testing.assert_close(stacked.weight, weight, rtol=0, atol=1e-6 * float(weight.abs().max()))
+    # Not to the bit: the rounding of a matrix product may depend on its number of rows, and ADMM's are in bfloat16.
+    tolerance = 1e-3 if method == "admm" else 1e-6
+    torch.testing.assert_close(stacked.weight, weight, rtol=0, atol=tolerance * float(weight.abs().max()))
 
 
 @pytest.mark.parametrize("method", METHODS)
