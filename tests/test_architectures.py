@@ -348,7 +348,8 @@ def write_table() -> None:
             continue
         model = sweep_model(model_type)
         rows.append(str(row_of(model, prune(model, sweep_batches(model, num=2, encoder=True), COMBINATIONS[-1]))))
-    head = "| model type | matrices | coverage | equals reruns | what stays dense in the blocks |\n|---|---|---|---|---|\n"
+    columns = ("model type", "matrices", "coverage", "equals reruns", "what stays dense in the blocks")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
     before = TABLE.read_text(encoding="utf-8").partition(MARKER)[0]
     TABLE.write_text(before + MARKER + "\n" + head + "\n".join(rows) + "\n", encoding="utf-8")
 
