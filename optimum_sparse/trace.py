@@ -113,7 +113,22 @@ def trace(
         alike = next(other for other in running if other.parameter == view.parameter)
         running.setdefault(view, running[alike])
     repeated = frozenset(member for member, count in counts.items() if count > 1)
+    routers |= _layers_of_routers(order, routers, blocks)
     return Trace(order, inputs, repeated, running, frozenset(routers), frozenset(copied))
+
+
+def _layers_of_routers(order: Sequence[View | str], routers: Collection[View], blocks: Collection[str]) -> set[View]:
+    """What comes before a ranked layer in its router: the largest module in which a ranked layer is the last."""
+    views = [view for view in order if isinstance(view, View)]
+    found: set[View] = set()
+    for router in routers:
+        scope = router.parameter.rpartition(".")[0]
+        inside = [view for view in views if view.parameter.startswith(f"{scope}.")]
+        while scope and scope not in blocks and inside[-1] in routers:
+            found.update(inside)
+            scope = scope.rpartition(".")[0]
+            inside = [view for view in views if view.parameter.startswith(f"{scope}.")]
+    return found
 
 
 class _Probe(WeightUses):
