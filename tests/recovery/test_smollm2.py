@@ -50,9 +50,11 @@ def test_zeros_after_saving_and_loading(method, pruned, rows, smollm2, tmp_path)
             model = get_peft_model(model, HiraConfig(r=16, target_modules=PROJECTIONS))
         elif method == "norms":
             train_norms_only(model)
+    # HiRA changes weights by a share of themselves, which two small steps do not lift over the rounding of bfloat16.
+    rate = 0.1 if method == "hira" else 1e-3
     trainer = (DistillationTrainer if method == "distilled" else Trainer)(
         model,
-        arguments(tmp_path / "run", max_steps=2, learning_rate=1e-3, warmup_steps=0),
+        arguments(tmp_path / "run", max_steps=2, learning_rate=rate, warmup_steps=0),
         train_dataset=rows,
         callbacks=[SparsityCallback(model)] if method == "full" else [],
         **({"teacher": copy.deepcopy(smollm2[0])} if method == "distilled" else {}),
