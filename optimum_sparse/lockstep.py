@@ -13,6 +13,7 @@ import contextvars
 import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,13 +47,21 @@ class Lockstep:
         forward: Runs the model on one batch, given its index.
         num_batches: How many batches there are.
         stops: Names of the stops, in the order in which they are reached.
+        waiting: Gives a context, entered in a forward for as long as its batch is parked.
 
     Attributes:
         late: For each stop, how many batches reached it only after it had come up, and so were not counted there.
     """
 
-    def __init__(self, forward: Callable[[int], Any], num_batches: int, stops: Iterable[Hashable]) -> None:
+    def __init__(
+        self,
+        forward: Callable[[int], Any],
+        num_batches: int,
+        stops: Iterable[Hashable],
+        waiting: Callable[[int], AbstractContextManager[Any]] = lambda index: nullcontext(),
+    ) -> None:
         self._forward = forward
+        self._waiting = waiting
         self._num_batches = num_batches
         self._order = {stop: position for position, stop in enumerate(stops)}
         self._runs: list[_Run] = []
@@ -94,7 +103,8 @@ class Lockstep:
             self.late[stop] += 1
             return
         run.stop, run.payload = stop, payload
-        self._main.switch()
+        with self._waiting(run.index):
+            self._main.switch()
         run.stop, run.payload = None, None
 
     def drop(self, stop: Hashable) -> None:
@@ -113,6 +123,7 @@ class _Run:
     """The forward of one batch in its greenlet, with the thread-local torch state that belongs to it."""
 
     def __init__(self, forward: Callable[[int], Any], index: int) -> None:
+        self.index = index
         self.greenlet = greenlet(lambda: forward(index))
         self.greenlet.gr_context = contextvars.copy_context()
         self.stop: Hashable | None = None

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .config import SparseConfig
+from .offload import execution_device, value_of
 from .patterns import NM, Pattern, parse_pattern
 from .trace import Trace
 from .uses import View
@@ -60,9 +61,17 @@ class PrunableMatrix:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """The device that it is computed with."""
+        return execution_device(self.module)
+
     def read(self) -> torch.Tensor:
-        """A view of the weight, `[out_features, in_features]` in the model's dtype."""
-        return self.view.of(self.parameter)
+        """A view of the weight, `[out_features, in_features]` in the model's dtype.
+
+        If it is offloaded and not in memory, a view of what is kept of it, on whatever device that is.
+        """
+        return self.view.of(value_of(self.module, self.view.parameter.rpartition(".")[2]))
 
     def write(self, weight: torch.Tensor) -> None:
         """Replace the weight in place, so that everything that shares it follows.
@@ -70,7 +79,7 @@ class PrunableMatrix:
         Args:
             weight: `[out_features, in_features]`, any dtype and device.
         """
-        self.read().copy_(weight)
+        self.view.of(self.parameter).copy_(weight)
 
 
 @dataclass(frozen=True)

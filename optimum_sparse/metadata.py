@@ -232,6 +232,7 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
     Raises:
         ValueError: The model has no such matrix.
     """
+    from .offload import value_of
     from .uses import View
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -240,7 +241,9 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
         parameter_name = f"{owner}.weight" if f"{owner}.weight" in parameters else owner
         parameter = parameters.get(parameter_name)
         if parameter is not None and 0 <= index < parameter.numel() // (shape[0] * shape[1]):
-            return parameter_name, View(parameter_name, index, shape, transposed).of(parameter)
+            module, _, attribute = parameter_name.rpartition(".")
+            value = value_of(model.get_submodule(module), attribute)
+            return parameter_name, View(parameter_name, index, shape, transposed).of(value)
     raise ValueError(
         f"config.sparsity_config names the matrix {name!r} of shape {list(shape)}, which {type(model).__name__} does "
         "not have: unwrap the model (e.g. `merge_and_unload()`), or delete `model.config.sparsity_config` if it does "

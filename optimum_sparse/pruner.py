@@ -20,10 +20,12 @@ from .config import SparseConfig
 from .estimate import peak_memory
 from .matrices import find_matrices
 from .methods import statistics_for
+from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
 from .report import SparsityReport
 from .run import PruningRun
 from .saving import check_target, replace_folder
+from .spill import ACTIVATION_DEVICES
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,16 +66,31 @@ class SparsePruner:
         self.progress = progress
         self.report: SparsityReport | None = None
 
-    def prune(self, model: Model, tokenizer: Any = None, dataset: Any = None) -> Model:
+    def prune(
+        self,
+        model: Model,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        *,
+        resume_from: str | Path | None = None,
+        activation_device: str | None = None,
+    ) -> Model:
         """Prune `model` in place.
 
         If it is interrupted, the layers pruned so far stay pruned, the others stay dense, and the model is usable.
+
+        Weights that Accelerate offloads (`device_map`, `cpu_offload`, `disk_offload`) come in for one block at a time.
+        Pruned ones go back to memory, or to new files in the offload folder; the source is never written to.
 
         Args:
             model: A model in evaluation mode, of Transformers or any other `nn.Module`.
             tokenizer: Its tokenizer, needed if the calibration data is text; or its processor.
             dataset: Calibration data to use instead of `config.dataset`: also a list of token dicts, a
                 `datasets.Dataset`, or a `DataLoader` of model inputs.
+            resume_from: A folder where each finished block is kept. If it has those of the same run that did not come
+                to its end, they are taken over, and the result has the same bits as if nothing had happened.
+            activation_device: Where the activations of the calibration batches wait: `"cpu"`, `"disk"` (files in
+                `resume_from`, or where the system has its temporary files), or `None` for where they are computed.
 
         Returns:
             The model. If it is one of Transformers, `config.sparsity_config` is set.
@@ -82,6 +99,11 @@ class SparsePruner:
             ValueError: The model, the configuration or the data cannot be used; the message says what to do.
         """
         _check_model(model)
+        if activation_device not in (None, *ACTIVATION_DEVICES):
+            raise ValueError(
+                f"activation_device must be one of {', '.join(ACTIVATION_DEVICES)} or None, got {activation_device!r}."
+            )
+        tie_offloaded(model)
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
         started = time.perf_counter()
@@ -96,7 +118,9 @@ class SparsePruner:
                 if (found := calibration.record["num_samples"]) < self.config.num_samples:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
-            matrices = PruningRun(model, self.config, report, progress, batches).prune()
+            folder = None if resume_from is None else Path(resume_from)
+            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder)
+            matrices = run.prune()
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
             if isinstance(model, PreTrainedModel):
@@ -130,7 +154,7 @@ class SparsePruner:
         """
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
-        with replace_folder(directory) as folder:
+        with replace_folder(directory) as folder, savable(model):
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -245,12 +269,14 @@ def _check_model(model: Any) -> None:
         quantizer.remove_quantization_config(model)
     if model.training:
         raise ValueError("The model is in training mode, so dropout would disturb the statistics: call model.eval().")
-    devices = {p.device for p in model.parameters()}
-    if torch.device("meta") in devices:
+    offloaded = offloaded_places(model)
+    absent = [name for name, p in model.named_parameters() if p.device.type == "meta" and name not in offloaded]
+    if absent:
         raise ValueError(
-            "Some weights are offloaded or not loaded (on the meta device): load the model without offloading to disk"
-            ", e.g. device_map='cpu'."
+            f"{len(absent)} weights are not loaded (on the meta device), among them {absent[0]}: load the model with "
+            "from_pretrained, which may offload it (device_map='auto'), or offload it with accelerate."
         )
+    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
     if any(device.type == "mps" for device in devices):
         raise ValueError(
             "Apple's mps device has no float64, which SparseGPT needs: move the model with model.to('cpu')."

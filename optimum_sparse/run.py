@@ -9,23 +9,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .checkpoint import Steps, depends_on
 from .config import SparseConfig
 from .estimate import Estimate, available_memory
 from .experts import Experts, Routed
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, text_models
+from .offload import Residency, execution_device
 from .padding import Padding
 from .progress import Progress
 from .report import SparsityReport
 from .solver import Clock, Group, Solved, Solver
+from .spill import Activations
 from .statistics import Statistics
 from .trace import Stop, Trace, trace
-from .uses import Use, View, WeightUses
+from .uses import Use, View, Watched, WeightUses
 
 # The statistics that are collected in one pass take at most this share of the memory that is free.
 MEMORY_SHARE = 0.5
@@ -45,6 +50,12 @@ class PruningRun:
         report: Filled along the way.
         progress: What a person sees of it.
         batches: Calibration batches; for a method that needs none, batches that show how the model works.
+        activation_device: Where the activations of waiting batches are: `"cpu"`, `"disk"`, or `None` for the device
+            that they are computed on.
+        folder: Where progress is kept, and taken up if some is there; `None` to keep none.
+
+    Raises:
+        ValueError: `folder` has the progress of another run.
     """
 
     def __init__(
@@ -54,27 +65,36 @@ class PruningRun:
         report: SparsityReport,
         progress: Progress,
         batches: Sequence[Mapping[str, Any]],
+        activation_device: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._report = report
         self._progress = progress
-        self._solver = Solver(config, report, progress)
         self._batches = batches
         self._forward = _forward(model)
-        self._parameters = {weight.parameter: weight.value for weight in find_weights(model)}
+        self._blocks = find_blocks(model)
+        self._parameters = Watched({weight.parameter: weight.value for weight in find_weights(model)})
+        self._residency = Residency(model, self._blocks, self._parameters)
+        self._activations = Activations(activation_device, folder)
+        self._solver = Solver(config, report, progress, self._residency)
+        self._folder = folder
         self._paddings = [Padding.of(batch) for batch in batches]
         self._text = text_models(model)
 
     def prune(self) -> list[PrunableMatrix]:
         """Prune the model, and return what was pruned."""
+        with self._residency, self._activations:
+            return self._prune()
+
+    def _prune(self) -> list[PrunableMatrix]:
         data_free = self._solver.statistics is None
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self._config, seen, unused_too=data_free)
         self._progress.start(len(matrices))
         if seen is None or data_free:
-            for matrix in matrices:
-                self._solver.write(self._solver.solve([matrix], None))
+            self._data_free(matrices)
         else:
             self._calibrated(matrices, seen)
         done = {entry.name for entry in self._report.matrices}
@@ -87,10 +107,10 @@ class PruningRun:
 
     def _probe(self, data_free: bool) -> Trace | None:
         """See on short batches which weights are used, in which order, and which share their inputs."""
-        batches, blocks = map(_shortened, self._batches), find_blocks(self._model)
+        batches = map(_shortened, self._batches)
         try:
             with self._solver.timed("probe"):
-                return trace(self._forward, batches, self._model, self._parameters, blocks)
+                return trace(self._forward, batches, self._model, self._parameters, self._blocks)
         except Exception as error:
             if data_free:
                 self._report.notes.append(
@@ -105,24 +125,52 @@ class PruningRun:
             )
             raise
 
+    def _data_free(self, matrices: Sequence[PrunableMatrix]) -> None:
+        blocks: dict[str, list[PrunableMatrix]] = defaultdict(list)
+        for matrix in matrices:
+            blocks[matrix.block].append(matrix)
+        steps = self._steps(blocks)
+        for block in [block for block in blocks if block in steps.left]:
+            with self._residency.holding(matrix.view.parameter for matrix in blocks[block]):
+                for matrix in blocks[block]:
+                    self._solver.write(self._solver.solve([matrix], None))
+                steps.did(block)
+            self._residency.settle()
+
     def _calibrated(self, matrices: Sequence[PrunableMatrix], seen: Trace) -> None:
         by_view = {matrix.view: matrix for matrix in matrices}
+        # All batches leave an offloaded block before any of them is far ahead.
+        stops = seen.stops(by_view, self._residency.units.intersection(self._blocks))
         groups: dict[Stop, Group] = {
-            stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in seen.stops(by_view)
+            stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in stops
         }
         repeated: list[Group] = [[matrix] for matrix in matrices if matrix.view in seen.repeated]
         self._progress.say(str(self._estimate([*filter(None, groups.values()), *repeated])))
 
+        stages = {stop: [group] if group else [] for stop, group in groups.items()}
+        if not self._config.true_sequential:
+            stages = self._by_block(groups, seen)
+        steps = self._steps({None: chain(*repeated), **{stop: chain(*members) for stop, members in stages.items()}})
         clock, busy = Clock(), sum(self._report.seconds.values())
-        if repeated:
+        if repeated and None in steps.left:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
             self._solve_together(repeated, self._whole_forwards)
-        if self._config.true_sequential:
-            self._by_group(groups)
-        else:
-            self._by_block(groups, seen)
+            steps.did(None)
+        self._in_lockstep(groups, stages, steps)
+        steps.finish()
         busy = sum(self._report.seconds.values()) - busy
         self._solver.spend("forward", clock.elapsed - busy)
+
+    def _steps(self, members: Mapping[Any, Iterable[PrunableMatrix]]) -> Steps:
+        """The steps that prune matrices, with what was done of them before."""
+        return Steps(
+            {step: list(matrices) for step, matrices in members.items()},
+            self._model,
+            self._residency,
+            self._report,
+            self._folder,
+            depends_on(self._config, self._batches),
+        )
 
     def _estimate(self, groups: Sequence[Group]) -> Estimate:
         batch = _shortened(self._batches[0])
@@ -133,32 +181,45 @@ class PruningRun:
 
     # The ways through the model.
 
-    def _by_group(self, groups: Mapping[Stop, Group]) -> None:
-        """Fully sequential: stop wherever matrices receive a new input."""
-        with self._lockstep(groups, groups) as lockstep:
-            for stop, calls in lockstep:
-                if isinstance(stop, str):
-                    self._feed_experts(lockstep, stop, calls, groups)
-                else:
-                    self._solve_parked(groups[stop], calls)
-        self._name_late(lockstep, groups)
-
-    def _by_block(self, groups: Mapping[Stop, Group], seen: Trace) -> None:
+    def _by_block(self, groups: Mapping[Stop, Group], seen: Trace) -> dict[Stop, list[Group]]:
         """As the papers' code: all matrices of a block see the inputs they have before any of them is pruned."""
         stages: dict[Stop, list[Group]] = {}
         for stop, group in groups.items():
+            if stop in self._blocks:
+                stages.setdefault(stop, [])
             for block in dict.fromkeys(seen.blocks[matrix.view] for matrix in group):
                 members = [matrix for matrix in group if seen.blocks[matrix.view] == block]
                 stages.setdefault(stop if block is None else block, []).append(members)
-        outside: dict[Stop, Group] = {stop: stages[stop][0] for stop in stages if not isinstance(stop, str)}
-        entries = [stop for stop in groups if isinstance(stop, str)]
-        with self._lockstep(stages, outside) as lockstep:
+        return stages
+
+    def _in_lockstep(self, groups: Mapping[Stop, Group], stages: Mapping[Stop, Sequence[Group]], steps: Steps) -> None:
+        """Forwards that stop for each stage.
+
+        Args:
+            groups: What receives a new input at each stop; nothing where experts or blocks are entered.
+            stages: Where to stop, and what is to be pruned there.
+            steps: Which of them are still to be done.
+        """
+        experts = [stop for stop in groups if isinstance(stop, str) and stop not in self._blocks]
+        stops = [stop for stop in stages if stop in steps.left or stop in self._residency.units]
+        parked: dict[Stop, Group] = {
+            stop: group for stop in stops if not isinstance(stop, str) for group in stages[stop]
+        }
+        with self._lockstep(stops, parked) as lockstep:
+            lockstep.late.update(steps.late)
+            steps.late = lockstep.late
             for stop, calls in lockstep:
-                if isinstance(stop, str):
-                    self._solve_block(lockstep, stop, calls, stages[stop], entries)
-                else:
-                    self._solve_parked(outside[stop], calls)
-        self._name_late(lockstep, outside)
+                self._residency.settle()
+                if stop in parked:
+                    self._solve_parked(parked[stop], calls)
+                elif stop in experts:
+                    self._feed_experts(lockstep, str(stop), calls, parked)
+                elif stop in steps.left:
+                    self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
+                steps.did(stop)
+        for stop, batches in steps.late.items():
+            late = f"{batches} of {len(self._batches)} batches came to it only after it was pruned and do not count"
+            self._report.notes += [f"{matrix.name}: {late}" for matrix in chain(*stages[stop])]
 
     @contextmanager
     def _lockstep(self, stops: Iterable[Stop], groups: Mapping[Stop, Group]) -> Iterator[Lockstep]:
@@ -170,12 +231,13 @@ class PruningRun:
                 lockstep.park(stop_of[use.view], use)
 
         def forward(index: int) -> None:
-            with self._watching(index, park):
+            # The innermost context sees what the model does, and nothing of what the others do to see it.
+            with self._watching(index, park), self._activations.computing(index):
                 self._forward(self._batches[index])
 
-        lockstep = Lockstep(forward, len(self._batches), stops)
+        lockstep = Lockstep(forward, len(self._batches), stops, self._activations.away)
         entered = {name: partial(lockstep.park, name) for name in stops if isinstance(name, str)}
-        with self._at_entries(entered), lockstep:
+        with self._residency.forwards(len(self._batches)), self._at_entries(entered), lockstep:
             yield lockstep
 
     @contextmanager
@@ -207,11 +269,6 @@ class PruningRun:
 
         return WeightUses(self._parameters, note, padding.saw_call)
 
-    def _name_late(self, lockstep: Lockstep, groups: Mapping[Stop, Group]) -> None:
-        for stop, batches in lockstep.late.items():
-            late = f"{batches} of {len(self._batches)} batches came to it only after it was pruned and do not count"
-            self._report.notes += [f"{matrix.name}: {late}" for matrix in groups[stop]]
-
     # Statistics at single stops.
 
     def _solve_parked(self, group: Group, calls: Sequence[Call]) -> None:
@@ -237,6 +294,10 @@ class PruningRun:
         Returns:
             The number of tokens, those among them that are routed to another expert.
         """
+        with self._activations.shown(use.inputs):
+            return self._add_shown(statistics, use, batch)
+
+    def _add_shown(self, statistics: Statistics, use: Use, batch: int) -> int:
         flat = use.inputs.reshape(-1, use.inputs.shape[-1])
         # The padding of a text says nothing about the images beside it.
         if not self._text or any(use.view.parameter.startswith(f"{name}.") for name in self._text):
@@ -262,6 +323,10 @@ class PruningRun:
         self, lockstep: Lockstep, name: str, calls: Sequence[Call], groups: Mapping[Stop, Group]
     ) -> None:
         """Prune the experts of a module that few or no tokens are routed to, before any token goes there."""
+        with self._activations.shown([call.payload for call in calls]):
+            self._feed_shown(lockstep, name, calls, groups)
+
+    def _feed_shown(self, lockstep: Lockstep, name: str, calls: Sequence[Call], groups: Mapping[Stop, Group]) -> None:
         experts = self._experts(lockstep, name, {call.batch: call.payload for call in calls})
         by_expert: dict[int, list[tuple[Stop, Group]]] = defaultdict(list)
         for stop, group in groups.items():
@@ -321,7 +386,7 @@ class PruningRun:
                 notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
                 run = partial(self._run_watched, self._model.get_submodule(block), call.batch, on_use)
                 args, kwargs = call.payload
-                with self._at_entries(notes):
+                with self._at_entries(notes), self._activations.shown(call.payload):
                     lockstep.call(call.batch, run, args, kwargs)
 
         @cache
@@ -331,7 +396,8 @@ class PruningRun:
         def experts(matrix: PrunableMatrix) -> Experts | None:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
 
-        self._solve_together(groups, forwards, experts)
+        with self._residency.holding(matrix.view.parameter for group in groups for matrix in group):
+            self._solve_together(groups, forwards, experts)
 
     def _run_watched(self, module: nn.Module, batch: int, on_use: OnUse, *args: Any, **kwargs: Any) -> None:
         with self._watching(batch, partial(on_use, batch)):
@@ -399,7 +465,7 @@ class PruningRun:
                 yield chunk
                 chunk = []
             if not chunk:
-                room = MEMORY_SHARE * available_memory(group[0].parameter.device)
+                room = MEMORY_SHARE * available_memory(group[0].device)
             chunk.append(group)
             room -= size
         if chunk:
@@ -441,7 +507,7 @@ class _Tally:
 def _forward(model: nn.Module) -> Callable[[Mapping[str, Any]], None]:
     """A function that runs the model on a batch, on the device of its embeddings and without a cache."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    device = next(model.parameters()).device
+    device = execution_device(model)
 
     def forward(batch: Mapping[str, Any]) -> None:
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
 # Weight files of an earlier save, which would be loaded along with the new ones.
@@ -43,6 +45,35 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
                     path.unlink()
     finally:
         shutil.rmtree(temporary)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and rename it to `path` when it is complete.
+
+    If the body raises, `path` is as it was. What is at `path` is complete on the disk, even if the machine stops.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, or leave what is there as it is.
+
+    Args:
+        path: Where to.
+        tensors: The tensors by name, on any device.
+        metadata: Goes in the header of the file.
+    """
+    with replace_file(path) as temporary:
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, temporary, metadata=dict(metadata or {}))
 
 
 def check_target(model: nn.Module, directory: str | Path) -> None:

@@ -14,6 +14,7 @@ from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
 from .methods.refine import refine
+from .offload import Residency
 from .progress import Progress
 from .report import MatrixReport, SparsityReport
 from .statistics import GramStatistics, Statistics
@@ -40,17 +41,18 @@ class Solved:
 class Solver:
     """Solves and writes matrices, and keeps the record of it."""
 
-    def __init__(self, config: SparseConfig, report: SparsityReport, progress: Progress) -> None:
+    def __init__(self, config: SparseConfig, report: SparsityReport, progress: Progress, residency: Residency) -> None:
         self.statistics = statistics_for(config)
         self._method = METHODS[config.method]
         self._config = config
         self._report = report
         self._progress = progress
+        self._residency = residency
 
     def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
         """Empty statistics for the inputs of a matrix."""
         assert self.statistics is not None
-        return self.statistics(matrix.shape[1], matrix.parameter.device)
+        return self.statistics(matrix.shape[1], matrix.device)
 
     def solve(
         self, group: Group, statistics: Statistics | None, seconds: float = 0.0, layer_share: float = 0.0
@@ -64,11 +66,11 @@ class Solver:
             layer_share: The share in the statistics of an expert that those of its layer have.
         """
         solved = []
-        with self.timed("solve") as clock:
+        with self.timed("solve") as clock, self._residency.holding(matrix.view.parameter for matrix in group):
             for pattern in dict.fromkeys(matrix.pattern for matrix in group):
                 stack = [matrix for matrix in group if matrix.pattern == pattern]
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
-                with torch.autocast(stack[0].parameter.device.type, enabled=False), self._threads_for(stack):
+                with torch.autocast(stack[0].device.type, enabled=False), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight.to(matrix.parameter.dtype)
@@ -80,7 +82,8 @@ class Solver:
     def write(self, solved: Sequence[Solved]) -> None:
         """Write new weights to the model and their entries to the report."""
         for one in solved:
-            one.matrix.write(one.weight)
+            with self._residency.holding([one.matrix.view.parameter]):
+                one.matrix.write(one.weight)
             self._report.matrices.append(one.entry)
             self._progress.step(one.entry)
             for note in one.entry.notes:

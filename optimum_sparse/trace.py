@@ -58,11 +58,19 @@ class Trace:
     routers: frozenset[View] = frozenset()
     copied: frozenset[str] = frozenset()
 
-    def stops(self, chosen: Collection[View]) -> list[Stop]:
-        """Where to stop for the chosen weights, in order; those that a forward uses more than once have no stop."""
+    def stops(self, chosen: Collection[View], entries: Collection[str] = ()) -> list[Stop]:
+        """Where to stop for the chosen weights, in order; those that a forward uses more than once have no stop.
+
+        Args:
+            chosen: The weights.
+            entries: Names of blocks to stop at the entry of as well.
+        """
         groups: dict[int | str, list[View]] = {}
         shared = {view.parameter for view in self.inputs if view.part}
         for member in self.order:
+            name = member if isinstance(member, str) else member.parameter
+            for block in [block for block in entries if name.startswith(f"{block}.")]:
+                groups.setdefault(block, [])
             if isinstance(member, str) and member not in self.repeated:
                 # Arguments alone do not make a module one of experts: those of rotary embeddings look alike.
                 if any(parameter.startswith(f"{member}.") for parameter in shared):
@@ -214,13 +222,13 @@ class _Probe(WeightUses):
         """What is computed from parameters and indices alone is a copy of the parameters."""
         sources: set[str] = set()
         for tensor in tensors:
-            found = self._find(tensor)
-            origin = {found[0]} if found else self._copies.get(tensor, set())
+            found = self._watched.find(tensor)
+            origin = {found} if found is not None else self._copies.get(tensor, set())
             if not origin and tensor.is_floating_point():
                 return
             sources |= origin
         for tensor in results:
-            if sources and self._find(tensor) is None:
+            if sources and self._watched.find(tensor) is None:
                 self._copies[tensor] = sources
 
 

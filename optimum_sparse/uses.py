@@ -52,11 +52,48 @@ class Use:
     together: torch.Tensor | None = None
 
 
+class Watched(Mapping[str, nn.Parameter]):
+    """Parameters to watch, by name, which can be told by the memory that a tensor shares with them.
+
+    Args:
+        parameters: The parameters, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._by_name = dict(parameters)
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            self._names[_storage(parameter)].append(name)
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Another tensor stands for a parameter from now on, as when offloaded weights come and go."""
+        self._names[_storage(self._by_name[name])].remove(name)
+        self._names[_storage(parameter)].append(name)
+        self._by_name[name] = parameter
+
+    def find(self, tensor: torch.Tensor) -> str | None:
+        """The name of the parameter that a tensor is a view of, if any."""
+        for name in self._names.get(_storage(tensor), ()):
+            parameter = self._by_name[name]
+            if 0 <= tensor.storage_offset() - parameter.storage_offset() < parameter.numel():
+                return name
+        return None
+
+
 class WeightUses(TorchFunctionMode):
     """While it is active, reports every matrix product with one of the parameters before it is computed.
 
     Args:
-        parameters: The parameters to watch, by name.
+        parameters: The parameters to watch.
         on_use: Called with each use, in the middle of the forward. It may change the weight: the product is computed
             afterwards.
         on_call: Called after every function of torch with the function, its positional arguments and its result.
@@ -69,11 +106,9 @@ class WeightUses(TorchFunctionMode):
         on_call: Callable[[Any, Sequence[Any], Any], None] | None = None,
     ) -> None:
         super().__init__()
+        self._watched = parameters if isinstance(parameters, Watched) else Watched(parameters)
         self._on_use = on_use
         self._on_call = on_call
-        self._by_storage: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-        for name, parameter in parameters.items():
-            self._by_storage[_storage(parameter)].append((name, parameter))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -93,27 +128,21 @@ class WeightUses(TorchFunctionMode):
 
     def watches(self, tensor: Any) -> bool:
         """Whether a tensor is a view of a watched parameter."""
-        return isinstance(tensor, torch.Tensor) and self._find(tensor) is not None
-
-    def _find(self, tensor: torch.Tensor) -> tuple[str, nn.Parameter] | None:
-        for name, parameter in self._by_storage.get(_storage(tensor), ()):
-            if 0 <= tensor.storage_offset() - parameter.storage_offset() < parameter.numel():
-                return name, parameter
-        return None
+        return isinstance(tensor, torch.Tensor) and self._watched.find(tensor) is not None
 
     def _uses(self, products: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Use]:
         for weights, inputs in products:
-            found = self._find(weights)
-            assert found is not None
-            name, parameter = found
+            name = self._watched.find(weights)
+            assert name is not None
             for weight, rows, together in _split(weights, inputs):
-                view = _view_of(weight, name, parameter)
+                view = _view_of(weight, name, self._watched[name])
                 if view is not None:
                     yield Use(view, rows, together)
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Identifies the memory of a tensor as long as the tensor lives, also that of one without data."""
+    return tensor.untyped_storage()._cdata
 
 
 def _split(

@@ -110,6 +110,15 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
     return model.eval()
 
 
+def tiny_mixtral(**overrides: Any) -> PreTrainedModel:
+    """A random fp32 mixture of four experts, two for each token."""
+    options = {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, **overrides}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **options), dtype=torch.float32)
+    return model.eval()
+
+
 def tiny_batches(
     num: int = 3, rows: int = 2, length: int = 24, seed: int = 1, padding: bool = False
 ) -> list[dict[str, torch.Tensor]]:

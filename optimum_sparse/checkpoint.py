@@ -1,0 +1,216 @@
+"""Progress of a run on disk, so that a run that was killed can be taken up where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from . import __version__
+from .config import SparseConfig
+from .matrices import PrunableMatrix
+from .offload import Residency, execution_device, value_of
+from .report import MatrixReport, SparsityReport
+from .saving import replace_file, write_tensors
+from .spill import ACTIVATIONS_FOLDER
+
+FINGERPRINT_FILE = "run.json"
+FILES = "[0-9]*.safetensors"
+# Of each weight, so many values at its start, in its middle and at its end are looked at.
+SAMPLE = 1024
+
+
+class Steps:
+    """The steps of a run, in order; with a folder, those that are done are kept there.
+
+    After the last step of a block, the weights that were written since the last time go to one file, with what the
+    report says of them in its header. A file that can be seen is complete.
+
+    Args:
+        members: For each step the matrices that it prunes, in order.
+        model: The model, before anything is changed.
+        residency: Its offloaded weights.
+        report: Gets the entries of the steps that were done before; has those of the others.
+        folder: Where the files are, or will be; `None` to keep nothing.
+        depends_on: What the result of the run depends on besides the model and the steps, as pure JSON.
+
+    Attributes:
+        left: The steps that were not done before.
+        late: How many batches came to a step too late to count.
+
+    Raises:
+        ValueError: `folder` has the progress of another run, or something else.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[Any, Sequence[PrunableMatrix]],
+        model: nn.Module,
+        residency: Residency,
+        report: SparsityReport,
+        folder: Path | None,
+        depends_on: Mapping[str, Any],
+    ) -> None:
+        self._residency = residency
+        self._report = report
+        self._folder = folder
+        self._order = {step: position for position, step in enumerate(members)}
+        self._matrices = {matrix.name: matrix for matrices in members.values() for matrix in matrices}
+        self._ends = set({matrix.block: step for step, matrices in members.items() for matrix in matrices}.values())
+        self.late: Counter[Any] = Counter()
+        done = 0
+        if folder is not None:
+            names = [[matrix.name for matrix in matrices] for matrices in members.values()]
+            _open(folder, {**_fingerprint(model), **depends_on, "steps": digest([json.dumps(names).encode()])})
+            for file in sorted(folder.glob(FILES)):
+                done = self._take_up(file)
+        self._num_saved = len(report.matrices)
+        self.left = frozenset(step for step, position in self._order.items() if position >= done)
+
+    def _take_up(self, file: Path) -> int:
+        with safe_open(file, framework="pt") as tensors:
+            record = json.loads(tensors.metadata()["record"])
+        self._residency.restore(file)
+        self._report.matrices += [_entry(fields) for fields in record["entries"]]
+        steps = list(self._order)
+        self.late = Counter({steps[position]: count for position, count in record["late"]})
+        return record["done"]
+
+    def did(self, step: Any) -> None:
+        """A step is done.
+
+        Raises:
+            OSError: It could not be saved; the files before it are as they were.
+        """
+        if step in self._ends:
+            self._save(self._order[step] + 1)
+
+    def finish(self) -> None:
+        """All steps are done, or came to nothing."""
+        self._save(len(self._order))
+
+    def _save(self, done: int) -> None:
+        entries = self._report.matrices[self._num_saved :]
+        if self._folder is None or not entries:
+            return
+        self._num_saved += len(entries)
+        late = [(self._order[step], count) for step, count in self.late.items()]
+        record = {"done": done, "late": late, "entries": [dataclasses.asdict(entry) for entry in entries]}
+        changed = {matrix.view.parameter: matrix for entry in entries for matrix in [self._matrices[entry.name]]}
+        path = self._folder / f"{done:06}.safetensors"
+        with self._residency.holding(changed):
+            tensors = {name: matrix.parameter for name, matrix in changed.items()}
+            write_tensors(path, tensors, {"record": json.dumps(record)})
+            self._residency.saved(path, tensors)
+
+
+def remove_progress(folder: Path) -> None:
+    """Delete the progress of a run, and its folder unless there is something else in it."""
+    for path in [*folder.glob(FILES), folder / FINGERPRINT_FILE]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def depends_on(config: SparseConfig, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the result of a run depends on besides the model: how it is pruned, on which data.
+
+    Args:
+        config: How it is pruned.
+        batches: The calibration data.
+    """
+    options = config.to_dict()
+    del options["dataset"]  # what was taken from it counts
+    return {"config": options, "calibration data": digest(_batch_bytes(batches))}
+
+
+def _open(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """See that a folder has the progress of this run, or can be used for it.
+
+    Raises:
+        ValueError: It has that of another run, or something else.
+    """
+    file = folder / FINGERPRINT_FILE
+    if file.is_file():
+        _compare(folder, json.loads(file.read_text(encoding="utf-8")), fingerprint)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if {path.name for path in folder.iterdir()} - {f".{FINGERPRINT_FILE}.tmp", ACTIVATIONS_FOLDER}:
+        raise ValueError(f"{folder} has other files than those of an interrupted run: name a folder of its own.")
+    with replace_file(file) as temporary:
+        temporary.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(model: nn.Module) -> dict[str, Any]:
+    """The model, of whose weights a sample is taken, and what computes with it."""
+    packages = ("torch", "transformers")
+    versions = {"optimum_sparse": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    device = execution_device(model).type
+    return {"model": type(model).__name__, "weights": _weights_hash(model), "device": device, "versions": versions}
+
+
+def _compare(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = _flat(there), _flat(now)
+    hashes = ("weights", "calibration data", "steps")
+    differences = [
+        f"the {name} differ" if name in hashes else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} has the progress of another run: {'; '.join(differences)}. Do as that run did to continue it, "
+            "or name an empty folder to start anew."
+        )
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _entry(fields: Mapping[str, Any]) -> MatrixReport:
+    return MatrixReport(**{**fields, "shape": tuple(fields["shape"]), "notes": tuple(fields["notes"])})
+
+
+def _weights_hash(model: nn.Module) -> str:
+    def parts() -> Iterable[bytes]:
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{prefix}.{name} {parameter.dtype} {list(parameter.shape)}".encode()
+                flat = value_of(module, name).detach().reshape(-1)
+                for start in (0, max(0, len(flat) // 2 - SAMPLE // 2), max(0, len(flat) - SAMPLE)):
+                    yield _bytes(flat[start : start + SAMPLE])
+
+    return digest(parts())
+
+
+def _batch_bytes(batches: Iterable[Mapping[str, Any]]) -> Iterable[bytes]:
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            tensor = isinstance(value, torch.Tensor)
+            yield f"{name} {value.dtype} {list(value.shape)}".encode() if tensor else f"{name} {value!r}".encode()
+            yield _bytes(value) if tensor else b""
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of bytes one after the other."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
