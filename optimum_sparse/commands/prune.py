@@ -78,6 +78,17 @@ class PruneCommand(BaseOptimumCLICommand):
         run.add_argument(
             "--device", default="auto", help="where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)"
         )
+        run.add_argument(
+            "--resume",
+            action="store_true",
+            help="keep finished blocks in the folder OUT.progress, and take over those that an interrupted run of the "
+            "same command has left there",
+        )
+        run.add_argument(
+            "--activation-device",
+            choices=("cpu", "disk"),
+            help="where the activations of calibration windows wait (default: where they are computed)",
+        )
         output = parser.add_argument_group("output")
         output.add_argument("--report", metavar="FILE.json", help="write what was done to each matrix to a file")
         output.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the result too, with a model card")
@@ -104,12 +115,16 @@ def prune(args: Namespace) -> None:
         _check_hub_access(args.push_to_hub)
     device = _device(args.device)
 
+    from ..checkpoint import remove_progress
     from ..pruner import SparsePruner
 
     model, tokenizer = load_model(args.model, args.dtype)
     pruner = SparsePruner(config)
-    pruner.prune(model.to(device), tokenizer)
+    progress = output.with_name(f"{output.name}.progress") if args.resume else None
+    pruner.prune(model.to(device), tokenizer, resume_from=progress, activation_device=args.activation_device)
     pruner.save(model, output, tokenizer=tokenizer)
+    if progress is not None:
+        remove_progress(progress)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
     if args.report:
         assert pruner.report is not None

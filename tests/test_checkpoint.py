@@ -1,0 +1,163 @@
+"""Progress on disk: a run is taken up where it stopped, only by the same run, with the same bits."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_sparse import SparsePruner
+from optimum_sparse.checkpoint import remove_progress
+from tests.helpers import tiny_batches, tiny_mixtral, tiny_model
+
+
+def model_of(kind: str, folder: Path) -> PreTrainedModel:
+    if kind == "mixtral":
+        return tiny_mixtral()
+    if kind != "offloaded":
+        return tiny_model(kind)
+    if not folder.is_dir():
+        tiny_model("llama").save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offload")
+
+
+def pruned(model: PreTrainedModel, folder: Path | None, **options: object) -> SparsePruner:
+    pruner = SparsePruner(progress=False, **options)
+    pruner.prune(model, dataset=tiny_batches(3), resume_from=folder)
+    return pruner
+
+
+def weights(model: PreTrainedModel, pruner: SparsePruner, folder: Path) -> tuple[str, dict]:
+    pruner.save(model, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest(), json.loads((folder / "config.json").read_text())["sparsity_config"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"true_sequential": False}, {"method": "magnitude"}],
+    ids=["by group", "by block", "without data"],
+)
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "zamba2", "offloaded"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_same_bits_from_wherever_it_is_taken_up(tmp_path: Path, kind: str, options: dict) -> None:
+    source, progress = tmp_path / "source", tmp_path / "progress"
+    model = model_of(kind, source)
+    pruner = pruned(model, None, **options)
+    expected = weights(model, pruner, tmp_path / "undisturbed")
+    entries = [(e.name, e.zeros, e.error) for e in pruner.report.matrices]
+
+    pruned(model_of(kind, source), progress, **options)
+    files = sorted(progress.glob("*.safetensors"))
+    assert len(files) >= 2
+    for number in range(len(files) + 1):
+        folder = tmp_path / f"stopped-{number}"
+        shutil.copytree(progress, folder)
+        for file in files[number:]:
+            (folder / file.name).unlink()
+        model = model_of(kind, source)
+        pruner = pruned(model, folder, **options)
+        assert weights(model, pruner, tmp_path / f"out-{number}") == expected
+        assert [(e.name, e.zeros, e.error) for e in pruner.report.matrices] == entries
+        assert sorted(f.name for f in folder.glob("*.safetensors")) == [f.name for f in files]
+
+
+def test_done_blocks_are_not_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum_sparse.solver import Solver
+
+    pruned(tiny_model(), tmp_path / "progress")
+    (tmp_path / "progress" / sorted(f.name for f in (tmp_path / "progress").glob("*.safetensors"))[-1]).unlink()
+    solve, solved = Solver.solve, []
+    monkeypatch.setattr(Solver, "solve", lambda self, group, *args: solved.extend(group) or solve(self, group, *args))
+    pruned(tiny_model(), tmp_path / "progress")
+    assert {matrix.block for matrix in solved} == {"model.layers.1"}
+
+
+def test_files_hold_what_a_block_is_pruned_to(tmp_path: Path) -> None:
+    model = tiny_model()
+    pruned(model, tmp_path)
+    for number, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        with safe_open(file, framework="pt") as tensors:
+            assert len(tensors.keys()) == 7
+            for name in tensors.keys():  # noqa: SIM118
+                assert name.startswith(f"model.layers.{number}.")
+                assert torch.equal(tensors.get_tensor(name), model.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.6}, "config.sparsity was 0.5 and is 0.6"),
+        ({"method": "wanda"}, "config.method was 'sparsegpt' and is 'wanda'"),
+        ({"pattern": "2:4"}, "config.pattern was None and is '2:4'"),
+    ],
+    ids=str,
+)
+def test_another_configuration_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    pruned(tiny_model(), tmp_path)
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        pruned(model, tmp_path, **options)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, tiny_model().model.layers[0].mlp.up_proj.weight)
+
+
+def test_other_data_weights_and_versions_are_refused(tmp_path: Path) -> None:
+    pruned(tiny_model(), tmp_path)
+    with pytest.raises(ValueError, match="the calibration data differ"):
+        SparsePruner(progress=False).prune(tiny_model(), dataset=tiny_batches(3, seed=9), resume_from=tmp_path)
+    with pytest.raises(ValueError, match="the weights differ"):
+        pruned(tiny_model(seed=1), tmp_path)
+    # Weights that are already pruned are not those that the run began with.
+    with pytest.raises(ValueError, match="the weights differ"):
+        model = tiny_model()
+        pruned(model, None)
+        pruned(model, tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"versions\.torch was '1\.0' and is "):
+        pruned(tiny_model(), tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="other files than those of an interrupted run"):
+        pruned(tiny_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_stops_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    expected = tiny_model()
+    pruned(expected, None)
+    calls = []
+
+    def full(tensors: dict, path: Path, metadata: dict | None = None) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("optimum_sparse.saving.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pruned(tiny_model(), tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not list(tmp_path.glob(".*"))
+    model = tiny_model()
+    pruned(model, tmp_path)  # there is space again
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+def test_remove_progress_leaves_other_files(tmp_path: Path) -> None:
+    pruned(tiny_model(), tmp_path / "progress")
+    (tmp_path / "progress" / "notes.txt").write_text("mine")
+    remove_progress(tmp_path / "progress")
+    assert [path.name for path in (tmp_path / "progress").iterdir()] == ["notes.txt"]
+    (tmp_path / "progress" / "notes.txt").unlink()
+    remove_progress(tmp_path / "progress")
+    assert not (tmp_path / "progress").exists()
