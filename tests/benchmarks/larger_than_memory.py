@@ -58,12 +58,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def make_model(folder: Path, blocks: int) -> None:
-    """Write a random model of SHAPE, one shard for each block, holding one at a time."""
+def make_model(folder: Path, blocks: int, **shape: int) -> None:
+    """Write a random Llama of SHAPE, or of another one, one shard for each block, holding one at a time."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], **SHAPE)
+    config = LlamaConfig(num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], **{**SHAPE, **shape})
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
