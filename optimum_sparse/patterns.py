@@ -41,6 +41,9 @@ class NM:
 
 Pattern = Unstructured | NM
 
+# So many scores are looked at together if they come in rows, for what that takes in memory besides them.
+CHUNK = 2**22
+
 
 def parse_pattern(sparsity: float | None, pattern: str | None) -> Pattern:
     """Turn the two options of a configuration into a pattern.
@@ -96,6 +99,9 @@ def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    height = max(1, CHUNK // scores.shape[1])
+    if len(scores) > height:
+        return torch.cat([keep_all_but(part, count) for part in scores.split(height)])
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
     below, tied = scores < threshold, scores == threshold
     room = count - below.sum(dim=1, keepdim=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
 from .methods.refine import refine
+from .methods.threads import one_thread
 from .offload import Residency
 from .progress import Progress
 from .report import MatrixReport, SparsityReport
@@ -21,8 +22,7 @@ from .statistics import GramStatistics, Statistics
 
 logger = logging.getLogger(__name__)
 
-# Stacks of up to this many weights are solved on one CPU thread. Sharing out operations of a few microseconds gains
-# little, and costs milliseconds each as soon as another process holds one of the cores.
+# Stacks of up to this many weights are solved on one CPU thread.
 ONE_THREAD = 2**22
 
 # Matrices that share their inputs.
@@ -73,7 +73,7 @@ class Solver:
                 with torch.autocast(stack[0].device.type, enabled=False), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
-                    weight = solution.weight.to(matrix.parameter.dtype)
+                    weight = solution.weight
                     spent = (clock.elapsed + seconds) / len(group)
                     entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share)
                     solved.append(Solved(matrix, weight, entry))
@@ -102,21 +102,15 @@ class Solver:
         """Add to the time of a phase."""
         self._report.seconds[phase] = self._report.seconds.get(phase, 0.0) + seconds
 
-    @contextmanager
-    def _threads_for(self, stack: Sequence[PrunableMatrix]) -> Iterator[None]:
+    def _threads_for(self, stack: Sequence[PrunableMatrix]) -> AbstractContextManager[None]:
         """As many CPU threads as solving the stacked matrices can use."""
-        threads = torch.get_num_threads()
         small = sum(matrix.numel for matrix in stack) <= ONE_THREAD
-        if small and not self._method.parallel and not self._config.refine:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        return one_thread() if small and not self._method.parallel and not self._config.refine else nullcontext()
 
     def _solve_stack(
         self, stack: Sequence[PrunableMatrix], statistics: Statistics | None
     ) -> tuple[list[Solution], list[float | None]]:
+        """Solve stacked matrices: solutions in the model's dtype, and the relative errors of their outputs."""
         names = ", ".join(matrix.name for matrix in stack)
         weight = torch.cat([matrix.read().float() for matrix in stack])
         if not weight.isfinite().all():
@@ -135,9 +129,10 @@ class Solver:
         except ValueError as error:
             raise ValueError(f"{names}: {error}.") from error
         errors: list[float | None] = [None] * len(stack)
+        solution = replace(solution, weight=solution.weight.to(stack[0].parameter.dtype))
         if statistics is not None:
-            written = solution.weight.to(stack[0].parameter.dtype).float()
-            lost, energy = statistics.output_energy(weight - written), statistics.output_energy(weight)
+            energy = statistics.output_energy(weight)
+            lost = statistics.output_energy(weight.sub_(solution.weight))
             errors = [
                 (part.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
                 for part, whole in zip(lost.split(rows), energy.split(rows), strict=True)

@@ -131,11 +131,25 @@ class GramStatistics(Statistics):
         upper = self._sums.triu()
         return upper + upper.triu(1).T
 
+    def upper_columns(self, start: int, stop: int) -> torch.Tensor:
+        """A view of columns of the Gram matrix down to the diagonal, `[stop, stop - start]`.
+
+        Of the block on the diagonal, what is below the diagonal may be missing.
+        """
+        return self._sums[:stop, start:stop]
+
     @property
     def squared_norms(self) -> torch.Tensor:
         """As in `Statistics`."""
         return self._sums.diagonal()
 
     def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
-        """As in `Statistics`."""
-        return ((weight @ self.gram) * weight).sum(dim=1)
+        """As in `Statistics`, without a copy of the Gram matrix."""
+        # Panels as in `add`, so that the blocks on the diagonal are whole.
+        energy = weight.new_zeros(len(weight))
+        for start in range(0, weight.shape[1], PANEL):
+            columns, mine = self.upper_columns(start, start + PANEL), weight[:, start : start + PANEL]
+            above, block = columns[:start], columns[start:]
+            outputs = 2 * (weight[:, :start] @ above) + mine @ block
+            energy += (outputs * mine).sum(dim=1)
+        return energy

@@ -11,6 +11,7 @@ from ..patterns import NM, Pattern, Unstructured, keep_all_but, keep_mask, num_p
 from ..statistics import GramStatistics
 from .hessian import reversed_cholesky
 from .solution import Solution
+from .threads import one_thread
 
 # Columns per inner block of the sweep: updates stay inside it and reach the rest of the block as one matrix product.
 INNER = 16
@@ -37,7 +38,10 @@ def solve(
     dead = statistics.squared_norms == 0
     dead &= ~dead.all()  # with no live input there is nothing to prefer, and the largest weights are kept
     target = weight.T.masked_fill(dead[:, None], 0).contiguous()
-    pruned, errors = torch.empty_like(target), torch.empty_like(target)
+    pruned, errors = (
+        torch.empty_like(target),
+        target,
+    )  # a block of the target is needed only until its errors are known
     mask = torch.empty_like(target, dtype=torch.bool)
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
@@ -45,13 +49,15 @@ def solve(
         inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
-        keep = None
-        if isinstance(pattern, Unstructured):
-            keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
-        mask[block] = _sweep(columns, inverse, keep, pattern)
+        with one_thread():
+            keep = None
+            if isinstance(pattern, Unstructured):
+                keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
+            mask[block] = _sweep(columns, inverse, keep, pattern)
         torch.sub(target[block], columns, out=errors[block])
     # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
-    pruned = torch.where(mask & dead[:, None], weight.T, pruned)
+    torch.where(mask & dead[:, None], weight.T, pruned, out=pruned)
+    del target, errors  # make room for the copies
     return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping)
 
 

@@ -13,6 +13,7 @@ from . import magnitude, wanda
 from .hessian import reversed_cholesky
 from .solution import Solution
 from .sparsegpt import _blocks, _sweep
+from .threads import one_thread
 
 
 def solve_wanda(
@@ -51,13 +52,18 @@ def _update(
     """The paper's sequential update: SparseGPT's sweep from left to right, with a mask that is already chosen."""
     factor, damping = reversed_cholesky(statistics, config.dampening_frac)
     target, keep = weight.T.contiguous(), mask.T.contiguous()
-    pruned, errors = torch.empty_like(target), torch.empty_like(target)
+    pruned, errors = (
+        torch.empty_like(target),
+        target,
+    )  # a block of the target is needed only until its errors are known
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
         eye = torch.eye(stop - start, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
-        _sweep(columns, inverse, keep[block], pattern)
+        with one_thread():
+            _sweep(columns, inverse, keep[block], pattern)
         torch.sub(target[block], columns, out=errors[block])
+    del target, errors  # make room for the copy
     return Solution(pruned.T.contiguous(), mask, damping)

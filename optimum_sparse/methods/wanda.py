@@ -23,6 +23,6 @@ def solve(
 
     See `optimum_sparse.methods` for the arguments.
     """
-    scores = weight.abs() * statistics.squared_norms.sqrt()
+    scores = weight.abs().mul_(statistics.squared_norms.sqrt())
     mask = keep_mask(scores, pattern, config.comparison_group or "output", rows)
     return Solution(weight.masked_fill(~mask, 0), mask)
