@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 METHOD_NAMES = (
@@ -92,10 +93,11 @@ class SparseConfig:
         "methods that update weights: damping added to the Hessian's diagonal, as a fraction of its mean (admm and "
         "refine='cg': of each entry)",
     )
-    true_sequential: bool = _option(
-        True,
+    true_sequential: bool | None = _option(
+        None,
         "each group of layers sees inputs that went through all pruned layers before it; without it, all layers of a "
-        "block see the block's dense inputs, as in the papers' code (slower, less memory)",
+        "block see the block's dense inputs, as in the papers' code (slower, less memory) (default: yes, unless only "
+        "the latter fits in memory)",
     )
     min_expert_tokens: int | None = _option(
         None,
@@ -123,9 +125,11 @@ class SparseConfig:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
-        for name in ("pack_documents", "true_sequential", "calibrate_all_experts"):
+        for name in ("pack_documents", "calibrate_all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if not isinstance(self.true_sequential, (bool, NoneType)):
+            raise TypeError(f"true_sequential must be true, false or None, got {self.true_sequential!r}.")
         _check_choice("method", self.method, METHOD_NAMES)
         if self.comparison_group is not None:
             _check_choice("comparison_group", self.comparison_group, COMPARISON_GROUPS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +11,53 @@ import psutil
 import torch
 
 from .config import SparseConfig
-from .matrices import PrunableMatrix
 from .methods import METHODS, statistics_for
+from .plan import GroupShape
 from .statistics import GramStatistics
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Expected cost of a run.
+def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, config: SparseConfig) -> float:
+    """How long a run takes: the forwards, and the arithmetic that pruning adds to them, at their speed.
 
-    Attributes:
-        matrices: Number of matrices.
-        tokens: Number of calibration tokens.
-        seconds: Time, from a timed forward and the arithmetic that pruning adds to it.
-        memory: Bytes beyond the model itself: parked activations, statistics and the solver's copies.
+    Args:
+        groups: What is pruned.
+        tokens: Calibration tokens.
+        forward: Seconds that one forward of all of them takes.
+        config: The method and how it runs.
     """
+    seconds = 2 * forward if config.true_sequential is False else forward
+    if statistics_for(config) is GramStatistics:
+        forward_flops = sum(2 * g.in_features * g.rows * g.share for g in groups) * tokens
+        # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output, and
+        # methods and refinements made of products about 40.
+        solve = 6 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
+        extra_flops = sum(g.in_features**2 * (2 * tokens * g.share + solve * g.rows) for g in groups)
+        seconds += forward * extra_flops / max(forward_flops, 1)
+    return seconds
 
-    matrices: int
-    tokens: int
-    seconds: float
-    memory: int
 
-    @classmethod
-    def of(
-        cls,
-        groups: Sequence[Sequence[PrunableMatrix]],
-        batches: Sequence[Mapping[str, Any]],
-        probe: Mapping[str, Any],
-        probe_seconds: float,
-        config: SparseConfig,
-    ) -> Estimate:
-        """Extrapolate from one timed forward.
+def parse_size(size: int | str) -> int:
+    """Bytes from a number, or from a text such as "4GiB" or "500MB".
 
-        Args:
-            groups: What will be pruned, by shared inputs.
-            batches: The calibration batches.
-            probe: The batch that was timed.
-            probe_seconds: How long its forward took.
-            config: The method and how it runs.
-        """
-        tokens = sum(_tokens(batch) for batch in batches)
-        widths = [group[0].shape[1] for group in groups]
-        heights = [sum(matrix.shape[0] for matrix in group) for group in groups]
-        widest = max(widths, default=0)
-        forward_flops = sum(2 * d * rows for d, rows in zip(widths, heights, strict=True)) * tokens
-        forward = probe_seconds * tokens / _tokens(probe)
-        seconds, memory = forward if config.true_sequential else 2 * forward, 0
-        if statistics_for(config) is GramStatistics:
-            # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output, and
-            # methods and refinements made of products about 40.
-            solve = 6 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
-            extra_flops = sum(d * d * (2 * tokens + solve * r) for d, r in zip(widths, heights, strict=True))
-            seconds += forward * extra_flops / max(forward_flops, 1)
-            # Gram matrix in fp32, Hessian and its factor in float64; weights, targets, errors and masks in fp32.
-            memory = max((24 * d * d + 20 * d * r for d, r in zip(widths, heights, strict=True)), default=0)
-        # While parked, a batch holds the residual stream and, in the widest layer, its input; attention keeps more.
-        hidden = groups[0][0].shape[1] if groups else 0
-        size = groups[0][0].parameter.element_size() if groups else 0
-        memory += tokens * size * (max(4 * hidden, hidden + 2 * widest) if config.true_sequential else hidden)
-        return cls(sum(map(len, groups)), tokens, seconds, memory)
+    Raises:
+        ValueError: It is neither.
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
 
-    def __str__(self) -> str:
-        return (
-            f"{self.matrices} matrices, {self.tokens:,} calibration tokens: about {_duration(self.seconds)} and "
-            f"{self.memory / 2**30:.1f} GiB beyond the model"
-        )
+    try:
+        found = convert_file_size_to_int(size)
+    except (ValueError, TypeError, AttributeError):
+        found = -1
+    if isinstance(size, bool) or found <= 0:
+        raise ValueError(f"max_memory must be a number of bytes or like '4GiB' or '500MB', got {size!r}.")
+    return found
+
+
+def held_memory(device: torch.device) -> int:
+    """Memory that is held on a device now, in bytes: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def available_memory(device: torch.device) -> int:
@@ -101,7 +82,7 @@ def peak_memory() -> int | None:
     return None
 
 
-def _tokens(batch: Mapping[str, Any]) -> int:
+def num_tokens(batch: Mapping[str, Any]) -> int:
     """How many tokens a batch has; how many rows, if it has none."""
     ids = batch.get("input_ids")
     if isinstance(ids, torch.Tensor):
@@ -109,7 +90,8 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,16 +33,21 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_model(
-    source: str | os.PathLike, dtype: str | torch.dtype = "auto"
+    source: str | os.PathLike,
+    dtype: str | torch.dtype = "auto",
+    device_map: Mapping[str, str | int | torch.device] | None = None,
+    offload_folder: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model to prune: a causal language model, or of whatever kind its configuration says.
 
     Args:
         source: A Hub id, a folder that `save_pretrained` wrote, or a `.gguf` file, which is dequantised.
         dtype: A floating-point type or its name; `"auto"` is the type of the checkpoint, bfloat16 for GGUF.
+        device_map: Where its modules go, as for `from_pretrained`; by default to the CPU. Not for GGUF.
+        offload_folder: Where weights go that are offloaded to disk and are not in the checkpoint as in memory.
 
     Returns:
-        The model in evaluation mode on the CPU, and its tokenizer, or `None` if there are no tokenizer files.
+        The model in evaluation mode, and its tokenizer, or `None` if there are no tokenizer files.
 
     Raises:
         FileNotFoundError: There is no such file, folder or Hub model.
@@ -61,7 +66,12 @@ def load_model(
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
         model, info = model_class(config_file.parent).from_pretrained(
-            name, revision=revision or "main", dtype=dtype, output_loading_info=True
+            name,
+            revision=revision or "main",
+            dtype=dtype,
+            output_loading_info=True,
+            device_map=device_map,
+            offload_folder=offload_folder,
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -71,6 +81,38 @@ def load_model(
         )
     model.config._commit_hash = revision
     return model, load_tokenizer(name, revision)
+
+
+def model_without_weights(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """The model that a Hub id, a folder or a config.json describes, with weights as they are before training.
+
+    Args:
+        source: Where the configuration is.
+        dtype: As for `load_model`; `"auto"` is what the configuration says, else float32.
+
+    Raises:
+        FileNotFoundError: There is no configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = local_path(source)
+    if path is not None and path.is_file() and path.suffix != ".json":
+        raise ValueError(f"{path} is neither a folder nor a config.json: the plan needs the configuration of a model.")
+    with hub_errors(str(source)):
+        file = path if path is not None and path.is_file() else find_file(str(path or source), "config.json")
+        if file is None:
+            raise FileNotFoundError(_no_config(str(source), path))
+        config = AutoConfig.from_pretrained(file)
+        kind = model_class(file)
+    wanted = (getattr(config, "dtype", None) or "float32") if dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)
+    try:
+        return AutoModelForCausalLM.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:

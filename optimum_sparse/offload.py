@@ -150,6 +150,11 @@ class _Unit:
     following: _Unit | None = None
     coming: Future[dict[_Offloaded, torch.Tensor]] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors take when they are there."""
+        return sum(tensor.away.numel() * tensor.away.element_size() for tensor in self.tensors)
+
 
 class Residency:
     """Keeps the offloaded weights of a model in memory while they are needed.
@@ -199,6 +204,13 @@ class Residency:
     def units(self) -> frozenset[str]:
         """Names of the blocks and modules that come and go."""
         return frozenset(self._units)
+
+    @property
+    def most_bytes(self) -> int:
+        """What is there at most at a time: a unit and the one that follows."""
+        return max(
+            (unit.num_bytes + (unit.following or _Unit()).num_bytes for unit in self._units.values()), default=0
+        )
 
     def __enter__(self) -> Residency:
         self._background = ThreadPoolExecutor(1, "offload")

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import metadata
 from .calibration import load_calibration
 from .config import SparseConfig
-from .estimate import peak_memory
+from .estimate import parse_size, peak_memory
 from .matrices import find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
@@ -74,6 +74,7 @@ class SparsePruner:
         *,
         resume_from: str | Path | None = None,
         activation_device: str | None = None,
+        max_memory: int | str | None = None,
     ) -> Model:
         """Prune `model` in place.
 
@@ -90,7 +91,10 @@ class SparsePruner:
             resume_from: A folder where each finished block is kept. If it has those of the same run that did not come
                 to its end, they are taken over, and the result has the same bits as if nothing had happened.
             activation_device: Where the activations of the calibration batches wait: `"cpu"`, `"disk"` (files in
-                `resume_from`, or where the system has its temporary files), or `None` for where they are computed.
+                `resume_from`, or where the system has its temporary files). By default they wait where they are
+                computed, if there is room.
+            max_memory: What may be held on the device that computes, in bytes or as in `"4GiB"`, by the process on a
+                CPU, by torch on a GPU (default: all that is free). A run that needs more is refused before it starts.
 
         Returns:
             The model. If it is one of Transformers, `config.sparsity_config` is set.
@@ -119,13 +123,15 @@ class SparsePruner:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
             folder = None if resume_from is None else Path(resume_from)
-            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder)
+            limit = None if max_memory is None else parse_size(max_memory)
+            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder, limit)
             matrices = run.prune()
+            report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
             if isinstance(model, PreTrainedModel):
                 model.config.sparsity_config = metadata.sparsity_config(
-                    model, self.config, matrices, report.calibration
+                    model, run.config, matrices, report.calibration
                 )
             progress.say(report.table())
         return model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import Steps, depends_on
+from .calibration.batches import split_rows
 from .config import SparseConfig
-from .estimate import Estimate, available_memory
+from .estimate import available_memory, duration, held_memory, num_tokens, run_seconds
 from .experts import Experts, Routed
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, text_models
 from .offload import Residency, execution_device
 from .padding import Padding
+from .plan import GroupShape, Plan, Workload, make_plan, measure
 from .progress import Progress
 from .report import SparsityReport
+from .resume import Steps, depends_on
 from .solver import Clock, Group, Solved, Solver
 from .spill import Activations
 from .statistics import Statistics
@@ -53,9 +57,14 @@ class PruningRun:
         activation_device: Where the activations of waiting batches are: `"cpu"`, `"disk"`, or `None` for the device
             that they are computed on.
         folder: Where progress is kept, and taken up if some is there; `None` to keep none.
+        max_memory: Bytes that may be held on the device that computes; `None` for what is free.
+
+    Attributes:
+        config: The configuration, with what was chosen for it.
+        plan: How it runs, once that is known; `None` for a method that needs no data.
 
     Raises:
-        ValueError: `folder` has the progress of another run.
+        ValueError: `folder` has the progress of another run, or the run does not fit in memory.
     """
 
     def __init__(
@@ -67,9 +76,11 @@ class PruningRun:
         batches: Sequence[Mapping[str, Any]],
         activation_device: str | None = None,
         folder: Path | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self._model = model
-        self._config = config
+        self.config = config
+        self.plan: Plan | None = None
         self._report = report
         self._progress = progress
         self._batches = batches
@@ -77,7 +88,8 @@ class PruningRun:
         self._blocks = find_blocks(model)
         self._parameters = Watched({weight.parameter: weight.value for weight in find_weights(model)})
         self._residency = Residency(model, self._blocks, self._parameters)
-        self._activations = Activations(activation_device, folder)
+        self._activation_device = activation_device
+        self._max_memory = max_memory
         self._solver = Solver(config, report, progress, self._residency)
         self._folder = folder
         self._paddings = [Padding.of(batch) for batch in batches]
@@ -85,13 +97,13 @@ class PruningRun:
 
     def prune(self) -> list[PrunableMatrix]:
         """Prune the model, and return what was pruned."""
-        with self._residency, self._activations:
+        with self._residency:
             return self._prune()
 
     def _prune(self) -> list[PrunableMatrix]:
         data_free = self._solver.statistics is None
         seen = self._probe(data_free)
-        matrices, self._report.skipped = find_matrices(self._model, self._config, seen, unused_too=data_free)
+        matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
         self._progress.start(len(matrices))
         if seen is None or data_free:
             self._data_free(matrices)
@@ -145,10 +157,9 @@ class PruningRun:
             stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in stops
         }
         repeated: list[Group] = [[matrix] for matrix in matrices if matrix.view in seen.repeated]
-        self._progress.say(str(self._estimate([*filter(None, groups.values()), *repeated])))
-
+        self._make_plan([*filter(None, groups.values()), *repeated])
         stages = {stop: [group] if group else [] for stop, group in groups.items()}
-        if not self._config.true_sequential:
+        if self.config.true_sequential is False:
             stages = self._by_block(groups, seen)
         steps = self._steps({None: chain(*repeated), **{stop: chain(*members) for stop, members in stages.items()}})
         clock, busy = Clock(), sum(self._report.seconds.values())
@@ -156,7 +167,8 @@ class PruningRun:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
             self._solve_together(repeated, self._whole_forwards)
             steps.did(None)
-        self._in_lockstep(groups, stages, steps)
+        with self._activations:
+            self._in_lockstep(groups, stages, steps)
         steps.finish()
         busy = sum(self._report.seconds.values()) - busy
         self._solver.spend("forward", clock.elapsed - busy)
@@ -169,15 +181,45 @@ class PruningRun:
             self._residency,
             self._report,
             self._folder,
-            depends_on(self._config, self._batches),
+            depends_on(self.config, self._batches),
         )
 
-    def _estimate(self, groups: Sequence[Group]) -> Estimate:
+    def _make_plan(self, groups: Sequence[Group]) -> None:
+        """Choose how to run within the memory that there is, and say what it will take."""
+        device = execution_device(self._model)
         batch = _shortened(self._batches[0])
+        short, tokens = num_tokens(batch), sum(map(num_tokens, self._batches))
         with self._solver.timed("probe") as clock:
-            self._forward(batch)  # the probe has paid for warming up
+            # The probe has paid for warming up.
+            footprint = measure(self._forward, batch, short, self._parameters, self._model, self._blocks)
             seconds = clock.elapsed
-        return Estimate.of(groups, self._batches, batch, seconds, self._config)
+        self._residency.settle()
+        numbers = [GroupShape.of(group, footprint) for group in groups]
+        largest = max(self._batches, key=num_tokens)
+        rows = max(len(value) for value in largest.values() if isinstance(value, torch.Tensor) and value.ndim)
+        held = held_memory(device)
+        files = self._folder if self._folder is not None and self._folder.is_dir() else Path(tempfile.gettempdir())
+        work = Workload(
+            groups=numbers,
+            tokens=tokens,
+            batch_rows=rows,
+            row_tokens=-(-num_tokens(largest) // rows),
+            footprint=footprint,
+            held=held,
+            units=self._residency.most_bytes,
+            cpu=None if device.type == "cpu" else available_memory(torch.device("cpu")),
+            disk=shutil.disk_usage(files).free,
+        )
+        self._max_memory = held + available_memory(device) if self._max_memory is None else self._max_memory
+        self.plan = plan = make_plan(work, self.config, self._max_memory, self._activation_device)
+        if not plan.true_sequential:
+            self.config = replace(self.config, true_sequential=False)
+        self._activations = Activations(plan.activation_device, self._folder)
+        if plan.batch_rows < rows:
+            self._batches = [part for batch in self._batches for part in split_rows(batch, plan.batch_rows)]
+            self._paddings = [Padding.of(batch) for batch in self._batches]
+        time = duration(run_seconds(numbers, tokens, seconds * tokens / short, self.config))
+        self._progress.say(f"{sum(map(len, groups))} matrices, {tokens:,} calibration tokens: about {time}\n{plan}")
 
     # The ways through the model.
 
@@ -314,9 +356,9 @@ class PruningRun:
 
     def _layer_share(self, own: Statistics, matrix: PrunableMatrix, num_layer: int) -> float:
         """The share of the layer's statistics in those of an expert: the fewer tokens of its own, the higher."""
-        if self._config.calibrate_all_experts:
+        if self.config.calibrate_all_experts:
             return 1.0
-        enough = self._config.min_expert_tokens or own.enough_tokens(matrix.shape[1])
+        enough = self.config.min_expert_tokens or own.enough_tokens(matrix.shape[1])
         return max(0.0, 1 - own.num_tokens / enough) if own.num_tokens < num_layer else 0.0
 
     def _feed_experts(
@@ -465,11 +507,16 @@ class PruningRun:
                 yield chunk
                 chunk = []
             if not chunk:
-                room = MEMORY_SHARE * available_memory(group[0].device)
+                room = MEMORY_SHARE * self._free_memory(group[0].device)
             chunk.append(group)
             room -= size
         if chunk:
             yield chunk
+
+    def _free_memory(self, device: torch.device) -> float:
+        """Bytes that may still be taken on the device that computes."""
+        free = available_memory(device)
+        return free if self._max_memory is None else min(free, self._max_memory - held_memory(device))
 
     def _collect(self, groups: Sequence[Group], forwards: Callable[[OnUse], None]) -> list[_Tally]:
         """Statistics of the inputs of each group along forwards."""

@@ -105,6 +105,10 @@ class Activations:
         if storage in self._away:
             self._away.pop(storage).load()
 
+    def held(self, batch: int) -> int:
+        """Bytes that a batch has allocated and still holds."""
+        return sum(storage.nbytes() for storage in self._owned[batch])
+
     def allocated(self, batch: int, storage: torch.UntypedStorage) -> None:
         """A batch has allocated memory."""
         self._owned[batch].add(storage)

@@ -243,7 +243,7 @@ def _along(result: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether the last dimension of a result runs along that of what it was computed from, or along a part of it."""
     if not result.ndim or not source.ndim:
         return False
-    if result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+    if result.untyped_storage()._cdata == source.untyped_storage()._cdata:
         return result.stride(-1) == source.stride(-1)
     return result.shape[-1] == source.shape[-1]
 
@@ -257,7 +257,8 @@ def _input_key(inputs: torch.Tensor) -> Hashable:
     if inputs.numel() == 0:
         return id(inputs)  # empty tensors have no memory of their own
     version = 0 if inputs.is_inference() else inputs._version
-    return inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs.stride(), version
+    place = inputs.untyped_storage()._cdata, inputs.storage_offset()
+    return *place, inputs.numel(), inputs.shape[-1], inputs.stride(), version
 
 
 def _merge(order: list[View | str], inputs: dict[View, int], events: Sequence[tuple[View | str, Hashable]]) -> None:

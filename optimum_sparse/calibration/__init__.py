@@ -15,6 +15,7 @@ from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Proces
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..config import SparseConfig
+from ..offload import execution_device
 from .batches import Row, check_vocabulary, given_batches, stack_rows, token_rows
 from .decoder import DECODER_TOKENS, SHIFTED, add_decoder_inputs
 from .generation import TEMPERATURE, TOP_P, check_can_generate, first_tokens, generate_windows
@@ -144,7 +145,7 @@ def _batches(
     else:
         windows = _windows(source, config, model, tokenizer, seqlen, vocabulary)
         rows = ({"input_ids": window} for window in windows)
-    on_cpu = _device_type(model) in ("cpu", "meta")  # "meta": offloaded
+    on_cpu = execution_device(model).type == "cpu"
     return stack_rows(rows, config.batch_size, BATCH_TOKENS_CPU if on_cpu else BATCH_TOKENS_ACCELERATOR)
 
 
@@ -184,10 +185,6 @@ def _text_tokenizer(tokenizer: Any, description: str) -> PreTrainedTokenizerBase
             "what it takes, as dicts of the arguments of its call, or a tokenizer."
         )
     return tokenizer.tokenizer
-
-
-def _device_type(model: nn.Module) -> str:
-    return next(model.parameters()).device.type
 
 
 def _is_floating(value: Any) -> bool:

@@ -58,6 +58,14 @@ def _as_rows(values: Any, what: str) -> torch.Tensor:
     return tensor.to(torch.int64).reshape(-1, tensor.shape[-1])
 
 
+def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+    """A batch of tokens in parts of `size` rows; one of other things as it is."""
+    if not set(batch) <= {"input_ids", "attention_mask"}:
+        return [dict(batch)]
+    parts = {name: value.split(size) for name, value in batch.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
 def stack_rows(rows: Iterable[Row], batch_size: int | None, batch_tokens: int) -> list[dict[str, Any]]:
     """Stack neighbours of equal length, in order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from argparse import (
     SUPPRESS,
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SparseConfig
-from ..loading import load_model, local_path, read_json
+from ..loading import load_model, local_path, model_without_weights, read_json
 from . import user_errors
 
 if TYPE_CHECKING:
@@ -61,17 +62,8 @@ class PruneCommand(BaseOptimumCLICommand):
         parser.add_argument("model", metavar="MODEL", help="Hub id, folder, or .gguf file of the dense model")
         parser.add_argument("output", metavar="OUT", help="folder to save the pruned model in")
 
-        listed = {name for names in GROUPS.values() for name in names}
-        groups = {title: parser.add_argument_group(title) for title in GROUPS}
-        for title, names in GROUPS.items():
-            for field in fields(SparseConfig):
-                if field.name in names or (title == "solver" and field.name not in listed):
-                    _add_option(groups[title], field)
-
+        add_config_options(parser)
         run = parser.add_argument_group("running")
-        run.add_argument(
-            "--config", metavar="FILE.json", help="read these options from a file; those given here win over it"
-        )
         run.add_argument(
             "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: the checkpoint's)"
         )
@@ -83,6 +75,12 @@ class PruneCommand(BaseOptimumCLICommand):
             action="store_true",
             help="keep finished blocks in the folder OUT.progress, and take over those that an interrupted run of the "
             "same command has left there",
+        )
+        run.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help="what may be held at once, as in 4GiB, by the process or on the GPU; a model that is larger stays on "
+            "disk and comes in block by block (default: the model has to fit)",
         )
         run.add_argument(
             "--activation-device",
@@ -97,6 +95,19 @@ class PruneCommand(BaseOptimumCLICommand):
         """Prune, save, and upload if asked."""
         with user_errors():
             prune(self.args)
+
+
+def add_config_options(parser: ArgumentParser) -> None:
+    """Declare the fields of `SparseConfig` as options, and `--config`."""
+    listed = {name for names in GROUPS.values() for name in names}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for field in fields(SparseConfig):
+            if field.name in names or (title == "solver" and field.name not in listed):
+                _add_option(group, field)
+    parser.add_argument(
+        "--config", metavar="FILE.json", help="read these options from a file; those given here win over it"
+    )
 
 
 def prune(args: Namespace) -> None:
@@ -115,14 +126,28 @@ def prune(args: Namespace) -> None:
         _check_hub_access(args.push_to_hub)
     device = _device(args.device)
 
-    from ..checkpoint import remove_progress
+    from ..estimate import parse_size
     from ..pruner import SparsePruner
+    from ..resume import remove_progress
 
-    model, tokenizer = load_model(args.model, args.dtype)
+    offload = output.with_name(f"{output.name}.offload")
+    limit = None if args.max_memory is None else parse_size(args.max_memory)
+    device_map = None if limit is None else _device_map(args, config, device, limit)
+    model, tokenizer = load_model(args.model, args.dtype, device_map, offload)
     pruner = SparsePruner(config)
     progress = output.with_name(f"{output.name}.progress") if args.resume else None
-    pruner.prune(model.to(device), tokenizer, resume_from=progress, activation_device=args.activation_device)
-    pruner.save(model, output, tokenizer=tokenizer)
+    try:
+        pruner.prune(
+            model if device_map else model.to(device),
+            tokenizer,
+            resume_from=progress,
+            activation_device=args.activation_device,
+            max_memory=limit,
+        )
+        # Saving takes a few times the size of a file.
+        pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
+    finally:
+        shutil.rmtree(offload, ignore_errors=True)
     if progress is not None:
         remove_progress(progress)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
@@ -133,6 +158,25 @@ def prune(args: Namespace) -> None:
         print(f"Report: {args.report}")
     if args.push_to_hub:
         print(f"Uploaded to {pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer)}")
+
+
+def _device_map(args: Namespace, config: SparseConfig, device: torch.device, limit: int) -> dict[str, Any] | None:
+    """Where the weights go: `None` if they fit besides everything else.
+
+    Raises:
+        ValueError: The run does not fit even if they are offloaded.
+    """
+    import torch
+
+    from ..dry_run import offloading_map, outline, place
+    from ..estimate import available_memory, held_memory
+
+    model = outline(lambda: model_without_weights(args.model, args.dtype), config)
+    offloaded, _ = place(model, config, held_memory(device), limit, on_cpu=device.type == "cpu")
+    if not offloaded:
+        return None
+    fits = device.type != "cpu" and model.weights < available_memory(torch.device("cpu")) // 2
+    return offloading_map(model, device, "cpu" if fits else "disk")
 
 
 def build_config(args: Namespace) -> SparseConfig:
@@ -176,10 +220,10 @@ def _add_option(group: Any, field: Field) -> None:
 
 def _kind_of_option(hint: Any) -> dict[str, Any]:
     """The argparse options that read a value of the type `hint` of a field."""
-    if hint is bool:
-        return {"action": BooleanOptionalAction}
     # Of `int | None` or `str | list[str]` the first is what fits on a command line.
     members = get_args(hint)
+    if bool in (hint, *members):
+        return {"action": BooleanOptionalAction}
     if hint == tuple[str, ...]:
         return {"nargs": "+", "action": "extend", "metavar": "NAME"}
     if tuple[int, int] in members:

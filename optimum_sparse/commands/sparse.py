@@ -3,6 +3,7 @@
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .inspect import InspectCommand
+from .plan import PlanCommand
 from .prune import PruneCommand
 from .recover import RecoverCommand
 
@@ -13,5 +14,5 @@ class SparseCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="sparse", help="Prune models, recover them, and look at pruned ones.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, RecoverCommand, InspectCommand)
+        for command in (PruneCommand, PlanCommand, RecoverCommand, InspectCommand)
     )

@@ -16,7 +16,7 @@ To add one: write its file, add a line to `METHODS` here and its name to `config
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import SparseConfig
 from ..statistics import GramStatistics, NormStatistics, Statistics
@@ -34,23 +34,43 @@ class Method:
         solve: The function described above.
         statistics: Class that accumulates the inputs, or `None` if the method looks at the weights only.
         parallel: Whether several CPU threads speed it up on matrices of any size: large products, no steps per column.
+        memory: Bytes that it takes for each weight and for each entry of the Gram matrix, besides the latter and the
+            weights in the model. Measured: see tests/test_plan.py.
     """
 
     solve: Callable[..., Solution]
     statistics: type[Statistics] | None
     parallel: bool = False
+    memory: tuple[float, float] = field(kw_only=True)
 
+
+# What libraries for linear algebra set aside once, in bytes.
+LIBRARY_BUFFERS = 80 * 2**20
+# For the refinements, as `Method.memory`.
+REFINEMENT_MEMORY = {"cg": (53, 16), "swaps": (53, 16)}
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude.solve, None),
-    "wanda": Method(wanda.solve, NormStatistics),
-    "ria": Method(ria.solve, NormStatistics),
-    "sparsegpt": Method(sparsegpt.solve, GramStatistics),
-    "admm": Method(admm.solve, GramStatistics, parallel=True),
-    "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics),
-    "magnitude-update": Method(update.solve_magnitude, GramStatistics),
-    "wanda-update": Method(update.solve_wanda, GramStatistics),
+    "magnitude": Method(magnitude.solve, None, memory=(19, 0)),
+    "wanda": Method(wanda.solve, NormStatistics, memory=(16, 0)),
+    "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
+    "sparsegpt": Method(sparsegpt.solve, GramStatistics, memory=(17, 5)),
+    "admm": Method(admm.solve, GramStatistics, parallel=True, memory=(58, 17)),
+    "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
+    "magnitude-update": Method(update.solve_magnitude, GramStatistics, memory=(19, 5)),
+    "wanda-update": Method(update.solve_wanda, GramStatistics, memory=(19, 5)),
 }
+
+
+def workspace(config: SparseConfig, in_features: int, rows: int) -> int:
+    """Bytes that solving takes at its peak, besides the statistics and the weights in the model.
+
+    Args:
+        config: The method and the refinement.
+        in_features: Width of the stacked matrices.
+        rows: How many rows they have together.
+    """
+    needs = [METHODS[config.method].memory] + ([REFINEMENT_MEMORY[config.refine]] if config.refine else [])
+    return LIBRARY_BUFFERS + int(max(w * in_features * rows + g * in_features**2 for w, g in needs))
 
 
 def statistics_for(config: SparseConfig) -> type[Statistics] | None:

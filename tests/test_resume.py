@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_sparse import SparsePruner
-from optimum_sparse.checkpoint import remove_progress
+from optimum_sparse.resume import remove_progress
 from tests.helpers import tiny_batches, tiny_mixtral, tiny_model
 
 

@@ -1,0 +1,257 @@
+"""The plan of a run: what will be in memory at once, and how to run so that it fits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .config import SparseConfig
+from .matrices import PrunableMatrix
+from .methods import statistics_for, workspace
+from .spill import Activations
+from .uses import Use, Watched, WeightUses
+
+# What a forward, an allocator and a file system take besides what is counted.
+MARGIN = 1.1
+
+WHERE = {None: "where they are computed", "cpu": "on the CPU", "disk": "in files"}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What activations take in memory, in bytes per token of a batch.
+
+    Attributes:
+        waiting: What a batch holds while it waits at a matrix product, at most.
+        entering: What it holds while it waits at the entry of a block, at most.
+        running: What it holds on the way, at most.
+        shares: For each parameter, the part of the tokens that a matrix in it receives: less than 1 for experts.
+    """
+
+    waiting: float
+    entering: float
+    running: float
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Matrices that share their inputs, as numbers.
+
+    Attributes:
+        block: The block that they are in.
+        in_features: Width of the inputs.
+        rows: How many outputs they have together.
+        matrices: How many they are.
+        share: How many of the tokens they receive.
+    """
+
+    block: str
+    in_features: int
+    rows: int
+    matrices: int = 1
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, matrices: Sequence[PrunableMatrix], footprint: Footprint) -> GroupShape:
+        """The numbers of matrices that share their inputs."""
+        first = matrices[0]
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        return cls(first.block, first.shape[1], rows, len(matrices), footprint.shares.get(first.view.parameter, 1.0))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be done, as numbers; memory in bytes.
+
+    Attributes:
+        groups: What is pruned.
+        tokens: Calibration tokens.
+        batch_rows: Windows in the largest batch.
+        row_tokens: Tokens in a window.
+        footprint: What activations take.
+        held: What is held before, on the device that computes: there a model that is not offloaded, everything in the
+            process on a CPU.
+        units: What offloaded blocks and modules take that are there at once.
+        cpu: What is free on the CPU, if another device computes, else `None`.
+        disk: What is free on disk.
+    """
+
+    groups: Sequence[GroupShape]
+    tokens: int
+    batch_rows: int
+    row_tokens: int
+    footprint: Footprint
+    held: int
+    units: int
+    cpu: int | None
+    disk: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run, and what that takes.
+
+    Attributes:
+        true_sequential: As in `SparseConfig`.
+        activation_device: Where activations wait: `"cpu"`, `"disk"`, or `None` for the device that computes.
+        batch_rows: Windows per forward, at most.
+        memory: What is in memory when it is fullest, in bytes, by what it is; on the device that computes.
+        budget: How much that may be.
+        elsewhere: What activations take on the CPU or on disk.
+    """
+
+    true_sequential: bool
+    activation_device: str | None
+    batch_rows: int
+    memory: Mapping[str, int]
+    budget: int
+    elsewhere: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Bytes in memory when it is fullest."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        lines = [f"{what:<32}{size / 2**30:8.2f} GiB" for what, size in self.memory.items() if size]
+        lines.append(f"{'together, of ' + gib(self.budget):<32}{self.peak / 2**30:8.2f} GiB")
+        order = "every layer sees pruned inputs" if self.true_sequential else "all layers of a block see dense inputs"
+        where = WHERE[self.activation_device] + (f" ({gib(self.elsewhere)})" if self.elsewhere else "")
+        lines.append(f"{order}; windows per forward: {self.batch_rows}; activations wait {where}")
+        return "\n".join(lines)
+
+
+def make_plan(work: Workload, config: SparseConfig, budget: int, activation_device: str | None = None) -> Plan:
+    """Choose how to run within a budget.
+
+    Of what fits, the first is taken: activations where they are computed, on the CPU, on disk; smaller batches; and,
+    as the only one that changes more than the rounding of the result, `true_sequential=False`. What the user has
+    chosen is left alone.
+
+    Args:
+        work: What is to be done.
+        config: How. A `true_sequential` or `batch_size` of `None` is to be chosen.
+        budget: Bytes that may be held on the device that computes, with what is held already.
+        activation_device: Where activations wait, if the user has chosen that.
+
+    Raises:
+        ValueError: Nothing fits; the message has the numbers, and what to do.
+    """
+    candidates = list(_candidates(work, config, budget, activation_device))
+    for plan in candidates:
+        if plan.peak <= budget:
+            return plan
+    least = min(candidates, key=lambda plan: plan.peak)
+    advice = ["shorter windows (seqlen)"]
+    if config.batch_size is not None and config.batch_size > 1:
+        advice.append("a smaller batch_size")
+    if activation_device is None and least.activation_device is None:
+        advice.append("fewer windows (num_samples)")
+    if config.method not in ("wanda", "magnitude"):
+        advice.append("method='wanda'")
+    if not work.units:
+        advice.append("weights that are offloaded (device_map={'': 'disk'}; on the command line, --max-memory)")
+    parts = ", ".join(f"{what} {gib(size)}" for what, size in least.memory.items() if size)
+    raise ValueError(
+        f"This run takes at least {gib(least.peak)} of memory, and it may take {gib(budget)}: {parts}. Allow it "
+        f"{gib(least.peak + 2**26)}, or try {', '.join(advice)}."
+    )
+
+
+def _candidates(work: Workload, config: SparseConfig, budget: int, activation_device: str | None) -> Iterator[Plan]:
+    orders = [True, False] if config.true_sequential is None else [config.true_sequential]
+    rows = [work.batch_rows]
+    while config.batch_size is None and rows[-1] > 1:
+        rows.append(-(-rows[-1] // 2))
+    places = [activation_device] if activation_device else [None, *(["cpu"] if work.cpu is not None else []), "disk"]
+    for true_sequential in orders:
+        for batch_rows in rows:
+            for place in places:
+                plan = _plan(work, config, budget, true_sequential, batch_rows, place)
+                room = {None: plan.elsewhere, "cpu": work.cpu, "disk": work.disk}[place]
+                if activation_device or room is None or plan.elsewhere <= room:
+                    yield plan
+
+
+def _plan(
+    work: Workload, config: SparseConfig, budget: int, true_sequential: bool, batch_rows: int, place: str | None
+) -> Plan:
+    footprint = work.footprint
+    each = footprint.waiting if true_sequential else footprint.entering
+    waiting = int(MARGIN * each * work.tokens)
+    statistics, solving = 0, 0
+    kind = statistics_for(config)
+    if kind is not None:
+        statistics = max((4 * math.prod(kind.shape(group.in_features)) for group in work.groups), default=0)
+    for group in work.groups:
+        solving = max(solving, workspace(config, group.in_features, group.rows))
+    running = int(MARGIN * footprint.running * batch_rows * work.row_tokens)
+    memory = {
+        "held before": work.held,
+        "offloaded blocks": work.units,
+        "activations of waiting batches": 0 if place else waiting,
+        "statistics": statistics,
+        # Either a batch runs or matrices are solved.
+        "running batch": running if running > solving else 0,
+        "solving": solving if solving >= running else 0,
+    }
+    return Plan(true_sequential, place, batch_rows, memory, budget, waiting if place else 0)
+
+
+def gib(size: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def measure(
+    forward: Callable[[Any], Any], batch: Any, tokens: int, watched: Watched, model: nn.Module, blocks: Collection[str]
+) -> Footprint:
+    """Run a forward and see what it holds in memory, also one without data.
+
+    Args:
+        forward: Runs the model on a batch.
+        batch: A (short) batch.
+        tokens: How many tokens it has.
+        watched: The weights at whose products a batch may wait.
+        model: The model.
+        blocks: Names of its blocks, at whose entry a batch may wait.
+    """
+    activations = Activations("cpu")
+    waiting = entering = running = so_far = 0
+    received: dict[str, Counter[int]] = defaultdict(Counter)
+
+    def entered() -> None:
+        nonlocal entering
+        entering = max(entering, activations.held(0))
+
+    def called(*_: Any) -> None:
+        nonlocal so_far
+        so_far = max(so_far, activations.held(0))
+
+    def used(use: Use) -> None:
+        nonlocal waiting, running
+        waiting = max(waiting, activations.held(0))
+        running = so_far  # what comes after the last product, such as a loss, is not part of a run
+        received[use.view.parameter][use.view.part] += use.inputs.shape[:-1].numel()
+
+    with _at_entries(model, blocks, entered), WeightUses(watched, used, called), activations.computing(0):
+        forward(batch)
+    shares = {name: parts.total() / len(parts) / tokens for name, parts in received.items()}
+    return Footprint(waiting / tokens, entering / tokens, running / tokens, shares)
+
+
+@contextmanager
+def _at_entries(model: nn.Module, names: Collection[str], call: Callable[[], None]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_: call()) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
