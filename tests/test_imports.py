@@ -28,6 +28,7 @@ ORDER = [
     "methods",
     "report",
     "metadata",
+    "packing",
     "saving",
     "estimate",
     "progress",
