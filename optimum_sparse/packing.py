@@ -78,7 +78,7 @@ class Packed:
         if num_bits % 8 and int(self.positions[-1]) >> num_bits % 8:
             raise ValueError("the positions have bits set behind the last weight.")
         if num_values is None:
-            num_values = sum(np.count_nonzero(bits) for bits in _bits(self.positions.numpy(), num_bits))
+            num_values = sum(int(np.count_nonzero(bits)) for bits in _bits(self.positions.numpy(), num_bits))
         elif any(codes.max(initial=0) >= _num_masks(self.form) for codes in self._codes()):
             raise ValueError(f"a position is out of range: {self.form} has {_num_masks(self.form)} masks.")
         if len(self.values) != num_values:
