@@ -47,8 +47,9 @@ def _register() -> None:
 
 
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Registers as soon as transformers loads its quantizers, which every `from_pretrained` does: not before, since that
-    takes seconds, which `import optimum_sparse` shall not.
+    """Registers as soon as transformers loads its quantizers, which every `from_pretrained` does.
+
+    To register at once would be to import transformers, which takes seconds: `import optimum_sparse` shall not.
     """
 
     def find_spec(

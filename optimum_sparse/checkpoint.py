@@ -1,8 +1,8 @@
-"""Checkpoints of safetensors files whose tensors may be packed: reading them one at a time, packing and unpacking them.
+"""Checkpoints of safetensors files whose tensors may be packed: reading them, packing and unpacking them.
 
-A packed tensor NAME stands in a file as NAME (its values), NAME_positions and NAME_layout; config.json names the format
-in its `quantization_config`, so that software which does not know it can say so. Checkpoints that compressed-tensors
-0.6 to 0.14 wrote as "sparse-bitmask" or "sparse-24-bitmask" can be read, too.
+A packed tensor NAME stands in a file as NAME (its values), NAME_positions and NAME_layout, and config.json names the
+format in its `quantization_config`: software that does not know it finds tensors of the wrong shape and stops.
+Checkpoints that compressed-tensors wrote as "sparse-bitmask" or "sparse-24-bitmask" can be read, too.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def unpack_folder(source: Path, output: Path) -> Sizes:
 
 
 def convert(source: Path, folder: Path, pack: bool) -> Sizes:
-    """Write the weights and config.json of a checkpoint to another folder, packed or dense; see `pack_folder`."""
+    """Write a checkpoint to another folder, where nothing is yet, packed or dense; see `pack_folder`."""
     files, config = weight_files(source), read_json(source / "config.json")
     stored = encoding(config)
     if stored == ("packed" if pack else "dense"):
@@ -240,6 +240,8 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     weight_map: dict[str, str] = {}
     count = dense_bytes = packed_bytes = 0
     with Checkpoint(files, stored) as checkpoint:
+        if pack:
+            _check_names(checkpoint)
         for file, names in checkpoint.names.items():
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
@@ -262,6 +264,9 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     if pack:
         config["quantization_config"] = {"quant_method": PACKED, "version": VERSION}
     _write_json(folder / "config.json", config)
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json" and not any(map(path.match, WEIGHT_FILES)):
+            shutil.copyfile(path, folder / path.name)
     return Sizes(count, dense_bytes, packed_bytes, total_bytes)
 
 
@@ -271,11 +276,14 @@ def _convert_folder(source: Path, output: Path, pack: bool) -> Sizes:
     if output.exists() and output.samefile(source):
         raise ValueError(f"OUT is DIR ({output}): give another folder, what is there is not overwritten.")
     with replace_folder(output) as folder:
-        sizes = convert(source, folder, pack)
-        for path in source.iterdir():
-            if path.is_file() and path.name != "config.json" and not any(map(path.match, WEIGHT_FILES)):
-                shutil.copyfile(path, folder / path.name)
-    return sizes
+        return convert(source, folder, pack)
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    for file, names in checkpoint.names.items():
+        for name in names:
+            if name.endswith((POSITIONS, LAYOUT)):
+                raise ValueError(f"{file} has the tensor {name}: such names are for parts of packed tensors.")
 
 
 def _both(

@@ -125,8 +125,8 @@ class SparsePruner:
             directory: Where to; other files in it are left alone.
             tokenizer: Written along if given.
             max_shard_size: Largest size of a weight file, if it were dense.
-            compressed: Pack the matrices, which takes about half of the disk space at 50 % zeros and in between the
-                space of the dense model besides. Loading then needs `import optimum_sparse` first.
+            compressed: Pack the matrices without loss, to about half of their size at 50 % zeros; while that is done,
+                the dense files are on the disk, too. Loading then needs `import optimum_sparse` first.
 
         Raises:
             ValueError: The model was not pruned, or `directory` holds the files that its weights are offloaded to.
@@ -136,12 +136,9 @@ class SparsePruner:
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
         with replace_folder(directory) as folder:
             if compressed:
-                with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as dense:
+                with tempfile.TemporaryDirectory(dir=folder) as dense:
                     model.save_pretrained(dense, max_shard_size=max_shard_size)
                     convert(Path(dense), folder, pack=True)
-                    for path in Path(dense).glob("*.json"):
-                        if not (folder / path.name).exists():
-                            path.rename(folder / path.name)
             else:
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
@@ -183,6 +180,7 @@ class SparsePruner:
                 self.report,
                 repo_id,
                 "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
+                compressed,
             )
             card.save(Path(folder, "README.md"))
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
