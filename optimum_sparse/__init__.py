@@ -29,8 +29,6 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    if name in ("SparseConfig", "SparsePruner"):
-        _register()
     value = getattr(importlib.import_module(_HOME[name], __name__), name)
     globals()[name] = value
     return value

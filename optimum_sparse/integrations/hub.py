@@ -42,24 +42,22 @@ weights, run `optimum-cli sparse inspect {repo_id}`.
 {how}
 """
 
+# What the card says of files that are dense, and of those that are packed.
 DENSE = {
     "loading": "The other weights are in their places, so that the model loads like any other:",
     "imports": "",
-    "files": (
-        "The files are those of a dense model with zeros in them: they take the same disk space and memory, and run at "
-        "the same\nspeed, as those of the dense model. A gain needs software that makes use of the zeros."
-    ),
+    "files": """\
+The files are those of a dense model with zeros in them: they take the same disk space and memory, and run at the same
+speed, as those of the dense model. A gain needs software that makes use of the zeros.""",
 }
 PACKED = {
-    "loading": (
-        "The files hold the other weights only, packed without loss. The model loads with "
-        "[optimum-sparse](https://pypi.org/project/optimum-sparse/)\ninstalled and imported, and is then an ordinary one:"
-    ),
-    "imports": "import optimum_sparse  # from_pretrained cannot read packed files without it\n",
-    "files": (
-        "The files are smaller than those of the dense model; once loaded it takes the same memory and runs at the same "
-        "speed.\n`optimum-cli sparse unpack` makes dense files of them, which load without optimum-sparse."
-    ),
+    "loading": """\
+The files hold the other weights only, packed without loss. With the package `optimum-sparse` installed and imported,
+the model loads like any other:""",
+    "imports": "import optimum_sparse  # or from_pretrained cannot read the packed files\n",
+    "files": """\
+The files are smaller than those of the dense model. Once loaded, it takes the same memory and runs at the same speed.
+`optimum-cli sparse unpack` makes dense files of them, which load without `optimum-sparse`.""",
 }
 
 

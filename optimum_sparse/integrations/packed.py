@@ -68,10 +68,6 @@ class PackedQuantizer(HfQuantizer):
         from .unpacking import originals
 
         model._weight_conversions = originals(model._weight_conversions)
-        for module in model.modules():
-            # transformers marked the configuration of the model and of the models inside it.
-            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized
         return model
 
     def is_serializable(self) -> bool:
