@@ -144,12 +144,16 @@ class Checkpoint:
                     self._where |= dict.fromkeys(self._files[file].keys(), file)
             packed = self._find_packed(_PARTS[encoding])
             self._stack = stack.pop_all()
-        of_packed = {part for parts in packed.values() for part in parts}
-        self._parts = {name: (name,) for name in self._where if name not in of_packed} | packed
+        first_parts = {parts[0]: name for name, parts in packed.items()}
+        other_parts = {part for _, *others in packed.values() for part in others}
         self.packed = list(packed)
         self.names: dict[Path, list[str]] = {file: [] for file in self._files}
-        for name, (first, *_) in self._parts.items():
-            self.names[self._where[first]].append(name)
+        self._parts: dict[str, tuple[str, ...]] = {}
+        for part, file in self._where.items():
+            if part not in other_parts:
+                name = first_parts.get(part, part)
+                self._parts[name] = packed.get(name, (part,))
+                self.names[file].append(name)
 
     def __enter__(self) -> Self:
         return self
