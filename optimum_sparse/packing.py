@@ -138,12 +138,14 @@ class Packed:
     def _scatter(self, values: torch.Tensor) -> torch.Tensor:
         swap = self.transposed and self.form != "bitmask"
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if swap else self.shape
-        result = torch.zeros(shape, dtype=values.dtype)
+        result = torch.empty(shape, dtype=values.dtype)
         target, source = _integers(result), _integers(values)
         first = start = 0
         for bits in self._bits():
             places = np.flatnonzero(bits)
-            target[first : first + bits.size][places] = source[start : start + places.size]
+            chunk = target[first : first + bits.size]
+            chunk.fill(0)
+            chunk[places] = source[start : start + places.size]
             first, start = first + bits.size, start + places.size
         return result.mT.contiguous() if swap else result
 
