@@ -102,8 +102,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index} has no weight_map: download or save the checkpoint again.")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{index} has no weight_map to files beside it: download or save the checkpoint again.")
         files = [folder / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -261,9 +261,9 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
             weight_map |= dict.fromkeys(tensors, file.name)
     total_bytes = sum((folder / file.name).stat().st_size for file in files)
     if (source / INDEX).is_file():
-        index = read_json(source / INDEX)
-        index = {"metadata": {**index.get("metadata", {}), "total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+        metadata = read_json(source / INDEX).get("metadata")
+        metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_bytes}
+        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
     config.pop("quantization_config", None)
     if pack:
         config["quantization_config"] = {"quant_method": PACKED, "version": VERSION}

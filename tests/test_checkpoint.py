@@ -164,6 +164,13 @@ def test_other_encodings_are_refused(config, message):
         encoding({"quantization_config": config})
 
 
+@pytest.mark.parametrize("names", [None, ["x"], {"a": 1}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}], ids=str)
+def test_an_index_names_files_beside_it(names, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        weight_files(tmp_path)
+
+
 def change(folder: Path, target: Path, edit) -> tuple[Path, str]:
     """Copy a packed checkpoint with the tensors of one file edited. Returns the file and a packed tensor in it."""
     shutil.copytree(folder, target)

@@ -1,5 +1,6 @@
 """Plain `from_pretrained` makes an ordinary model of a packed checkpoint, the same to the bit as of a dense one."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -192,3 +193,20 @@ def test_without_the_package_there_is_an_error_and_no_model(llama, mixtral):
     assert [line.split(":")[0] for line in refused] == ["refused", "refused"], result.stderr
     assert result.stderr.count("Unknown quantization type, got optimum_sparse_packed") == 2
     assert imported == ""
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2, tmp_path):
+    from optimum_sparse import SparsePruner
+
+    for options in ({"sparsity": 0.5}, {"pattern": "2:4"}):
+        model = copy.deepcopy(smollm2[0])
+        pruner = SparsePruner(method="magnitude", progress=False, **options)
+        pruner.prune(model)
+        pruner.save(model, tmp_path, compressed=True)
+        assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+        with Checkpoint(weight_files(tmp_path), "packed") as checkpoint:
+            packed = [checkpoint.read(name) for name in checkpoint.packed]
+        assert len(packed) == 210
+        dense_bytes = sum(tensor.numel * tensor.values.itemsize for tensor in packed)
+        assert sum(tensor.nbytes for tensor in packed) <= 0.57 * dense_bytes
