@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -135,19 +136,17 @@ class Checkpoint:
 
     def __init__(self, files: Iterable[Path], encoding: Encoding = "dense") -> None:
         self._legacy = encoding == "compressed-tensors"
-        self._files: dict[Path, Any] = {}
+        self._opened: tuple[Path, Any] | None = None
         self._where: dict[str, Path] = {}
-        with ExitStack() as stack:
-            for file in files:
-                with _corrupt(file):
-                    self._files[file] = stack.enter_context(safe_open(file, framework="pt"))
-                    self._where |= dict.fromkeys(self._files[file].keys(), file)
-            packed = self._find_packed(_PARTS[encoding])
-            self._stack = stack.pop_all()
+        self.names: dict[Path, list[str]] = {}
+        for file in files:
+            with _corrupt(file):
+                self._where |= dict.fromkeys(self._open(file).keys(), file)
+            self.names[file] = []
+        packed = self._find_packed(_PARTS[encoding])
         first_parts = {parts[0]: name for name, parts in packed.items()}
         other_parts = {part for _, *others in packed.values() for part in others}
         self.packed = list(packed)
-        self.names: dict[Path, list[str]] = {file: [] for file in self._files}
         self._parts: dict[str, tuple[str, ...]] = {}
         for part, file in self._where.items():
             if part not in other_parts:
@@ -159,7 +158,7 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._opened = None
 
     def read(self, name: str) -> torch.Tensor | Packed:
         """A tensor; one that is not packed is a view of the file.
@@ -169,7 +168,7 @@ class Checkpoint:
         """
         file = self._where[self._parts[name][0]]
         with _corrupt(file):
-            tensors = [self._files[self._where[part]].get_tensor(part) for part in self._parts[name]]
+            tensors = [self._open(self._where[part]).get_tensor(part) for part in self._parts[name]]
         if len(tensors) == 1:
             return tensors[0]
         values, positions, layout = tensors[:3]
@@ -186,6 +185,13 @@ class Checkpoint:
         """
         for name in self.packed:
             self.read(name)
+
+    def _open(self, file: Path) -> Any:
+        """One file is open at a time: what was read of others takes no memory any more."""
+        opened = self._opened
+        if opened is None or opened[0] != file:
+            opened = self._opened = (file, safe_open(file, framework="pt").__enter__())
+        return opened[1]
 
     def _find_packed(self, suffixes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """The parts of each packed tensor, by its name."""
@@ -243,20 +249,23 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     patterns = _patterns(config, stored)
     weight_map: dict[str, str] = {}
     count = dense_bytes = packed_bytes = 0
-    with Checkpoint(files, stored) as checkpoint:
+
+    with Checkpoint(files, stored) as checkpoint, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if pack:
             _check_names(checkpoint)
+
+        def read(name: str) -> tuple[torch.Tensor | Packed, Packed | None]:
+            tensor = checkpoint.read(name)
+            return _packed(tensor, patterns) if pack else _dense(tensor)
+
         for file, names in checkpoint.names.items():
             tensors: dict[str, torch.Tensor] = {}
-            for name in names:
-                dense, packed = _both(checkpoint.read(name), patterns if pack else None)
+            for name, (tensor, packed) in zip(names, pool.map(read, names), strict=True):
                 if packed is not None:
-                    count, dense_bytes = count + 1, dense_bytes + dense.nbytes
-                    packed_bytes += packed.nbytes
-                if pack and packed is not None:
-                    tensors |= {name + suffix: part for suffix, part in packed.to_tensors().items()}
-                else:
-                    tensors[name] = dense
+                    count, packed_bytes = count + 1, packed_bytes + packed.nbytes
+                    dense_bytes += packed.numel * packed.values.element_size()
+                parts = tensor.to_tensors() if isinstance(tensor, Packed) else {"": tensor}
+                tensors |= {name + suffix: part for suffix, part in parts.items()}
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file.name)
     total_bytes = sum((folder / file.name).stat().st_size for file in files)
@@ -290,15 +299,16 @@ def _check_names(checkpoint: Checkpoint) -> None:
                 raise ValueError(f"{file} has the tensor {name}: such names are for parts of packed tensors.")
 
 
-def _both(
-    tensor: torch.Tensor | Packed, patterns: list[tuple[str, bool]] | None
-) -> tuple[torch.Tensor, Packed | None]:
-    """A tensor of a file dense and, if it is packed or `patterns` are given and it gets smaller by them, packed."""
-    if not isinstance(tensor, Packed):
-        can_be = patterns is not None and tensor.ndim >= 2 and tensor.is_floating_point()
-        return tensor, smallest(tensor, patterns or ()) if can_be else None
-    dense = tensor.unpack()
-    return dense, tensor if patterns is None else smallest(dense, patterns)
+def _packed(tensor: torch.Tensor | Packed, patterns: list[tuple[str, bool]]) -> tuple[Any, Packed | None]:
+    """What to write for a tensor if it is to be packed, and, if it is, its packed form."""
+    dense = tensor.unpack() if isinstance(tensor, Packed) else tensor
+    packed = smallest(dense, patterns) if dense.ndim >= 2 and dense.is_floating_point() else None
+    return (dense if packed is None else packed), packed
+
+
+def _dense(tensor: torch.Tensor | Packed) -> tuple[torch.Tensor, Packed | None]:
+    """What to write for a tensor if it is to be dense, and, if it was packed, its packed form."""
+    return (tensor.unpack(), tensor) if isinstance(tensor, Packed) else (tensor, None)
 
 
 def _patterns(config: Mapping[str, Any], stored: Encoding) -> list[tuple[str, bool]]:

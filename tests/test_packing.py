@@ -97,6 +97,7 @@ def test_a_pattern_is_lossless_to_the_bit(pattern, transposed, dtype):
         weight = of_pattern(rows, pattern, dtype)
         weight = weight.mT.contiguous() if transposed else weight
         packed = pack(weight, pattern, transposed)
+        assert packed.unpack().is_contiguous()
         assert_same(packed.unpack(), weight)
         assert_same(decode(packed), weight)
 

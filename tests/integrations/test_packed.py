@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optimum_sparse  # noqa: F401 (registers the format)
 from optimum_sparse.checkpoint import Checkpoint, pack_folder, weight_files
+from optimum_sparse.packing import pack
 
 from ..architectures import sweep_model
 
@@ -85,6 +86,31 @@ def test_the_model_is_that_of_the_dense_checkpoint(model_type, tmp_path):
     again, wanted = files_of(tmp_path / "again"), files_of(tmp_path / "expected")
     assert again.keys() == wanted.keys()
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_operations_of_a_model_do_not_see_the_parts():
+    """Some look at all patterns that they are given."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    from optimum_sparse.integrations.unpacking import conversions_for_parts, originals
+
+    class Join(ConversionOps):
+        def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+            return {target_patterns[0]: torch.cat([tensor for key in source_patterns for tensor in input_dict[key]])}
+
+    weights = {"a": torch.eye(4), "b": 2 * torch.eye(4)}
+    rule = WeightConverter(["a.weight", "b.weight"], "c.weight", [Join()])
+    converter, rest = conversions_for_parts([rule], ["x.a.weight", "x.b.weight", "x.d.weight"])
+    for name, weight in weights.items():
+        for part, tensor in pack(weight).to_tensors().items():
+            key, pattern = converter.rename_source_key(f"x.{name}.weight{part}")
+            assert (key, pattern) == ("x.c.weight", f"{name}.weight{part}")
+            converter.add_tensor(key, f"x.{name}.weight{part}", pattern, lambda tensor=tensor: tensor)
+    result = converter.convert("x.c.weight")
+    assert torch.equal(result["x.c.weight"], torch.cat(list(weights.values())))
+    assert rest.rename_source_key("x.d.weight_layout") == ("x.d.weight", "_layout")
+    assert rest.rename_source_key("x.e.weight") == ("x.e.weight", None)
+    assert originals([converter, rest]) == [rule]
 
 
 def test_nothing_of_a_quantizer_is_left(llama):
