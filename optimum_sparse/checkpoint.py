@@ -225,7 +225,8 @@ def pack_folder(source: Path, output: Path) -> Sizes:
 
     Raises:
         OSError: There is no such checkpoint, or writing failed; what was in `output` is unchanged.
-        ValueError: It is packed already or quantised, a file is corrupt, or `output` is `source`.
+        ValueError: It is packed already or quantised, no matrix gets smaller, a file is corrupt, or `output` is
+            `source`.
     """
     return _convert_folder(source, output, pack=True)
 
@@ -249,7 +250,6 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     patterns = _patterns(config, stored)
     weight_map: dict[str, str] = {}
     count = dense_bytes = packed_bytes = 0
-
     with Checkpoint(files, stored) as checkpoint, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if pack:
             _check_names(checkpoint)
@@ -268,6 +268,11 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
                 tensors |= {name + suffix: part for suffix, part in parts.items()}
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file.name)
+    if pack and not count:
+        raise ValueError(
+            "No matrix gets smaller by packing: too few of their weights are zero (-0.0 is none). Prune the model, or "
+            "leave it dense."
+        )
     total_bytes = sum((folder / file.name).stat().st_size for file in files)
     if (source / INDEX).is_file():
         metadata = read_json(source / INDEX).get("metadata")

@@ -129,7 +129,8 @@ class SparsePruner:
                 the dense files are on the disk, too. Loading then needs `import optimum_sparse` first.
 
         Raises:
-            ValueError: The model was not pruned, or `directory` holds the files that its weights are offloaded to.
+            ValueError: The model was not pruned, or has too few zeros for `compressed`, or `directory` holds the files
+                that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
         check_target(model, directory)

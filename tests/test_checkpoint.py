@@ -130,6 +130,13 @@ def test_a_failure_leaves_what_was_there(dense, packed, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in dense.iterdir())
 
 
+def test_a_checkpoint_without_zeros_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="No matrix gets smaller"):
+        pack_folder(tmp_path / "dense", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_reserved_names_are_refused(tmp_path):
     save_file({"a_positions": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
