@@ -128,6 +128,8 @@ class Packed:
     def _expected(self) -> tuple[int | None, int]:
         """How many values there have to be, if the form says so, and how many bits of positions."""
         if self.form == "bitmask":
+            if self.transposed:
+                raise ValueError("a bitmask is never transposed: its values are in the order of the tensor.")
             return None, self.numel
         n, m = _split(self.form)
         if len(self.shape) < 2 or self.shape[-2 if self.transposed else -1] % m:
@@ -136,8 +138,7 @@ class Packed:
         return groups * n, groups * _width(self.form)
 
     def _scatter(self, values: torch.Tensor) -> torch.Tensor:
-        swap = self.transposed and self.form != "bitmask"
-        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if swap else self.shape
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
         result = torch.empty(shape, dtype=values.dtype)
         target, source = _integers(result), _integers(values)
         first = start = 0
@@ -147,7 +148,7 @@ class Packed:
             chunk.fill(0)
             chunk[places] = source[start : start + places.size]
             first, start = first + bits.size, start + places.size
-        return result.mT.contiguous() if swap else result
+        return result.mT.contiguous() if self.transposed else result
 
     def _bits(self) -> Iterator[np.ndarray]:
         """For each weight in the order of the values whether it is one of them, bool, a chunk at a time."""

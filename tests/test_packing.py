@@ -244,6 +244,13 @@ def test_bits_behind_the_last_weight_are_refused():
         Packed(packed.values, packed.positions | 0b10000, packed.shape)
 
 
+def test_a_bitmask_is_not_transposed():
+    packed = pack(torch.ones(2, 3), transposed=True)
+    assert not packed.transposed
+    with pytest.raises(ValueError, match="never transposed"):
+        Packed(packed.values, packed.positions, packed.shape, "bitmask", transposed=True)
+
+
 def test_thousands_of_mutations_are_refused_or_change_nothing_but_values():
     """A mutated tensor is a ValueError, or a tensor of the shape that it claims."""
     generator, refused = random.Random(0), 0
