@@ -76,8 +76,9 @@ def files_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_model_is_that_of_the_dense_checkpoint(model_type, tmp_path):
     packed, dense = packed_and_dense(model_type, tmp_path)
-    model, info = AutoModelForCausalLM.from_pretrained(packed, output_loading_info=True)
-    expected, expected_info = AutoModelForCausalLM.from_pretrained(dense, output_loading_info=True)
+    model_class = type(sweep_model(model_type))
+    model, info = model_class.from_pretrained(packed, output_loading_info=True)
+    expected, expected_info = model_class.from_pretrained(dense, output_loading_info=True)
     assert info == expected_info
     assert_equal(model, expected)
     # Saving it writes what the dense model writes.
