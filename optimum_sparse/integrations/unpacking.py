@@ -34,7 +34,9 @@ def conversions_for_parts(conversions: Sequence[Any], packed: Iterable[str]) -> 
             return (name, part) if name in renamed else (source_key, None)
 
     rules = [(Renaming if isinstance(rule, WeightRenaming) else Converter)(rule) for rule in conversions]
-    return [*rules, UnpackTheRest(["", *_PARTS], "", [Unpack([""], [])])]
+    rest = UnpackTheRest(["", *_PARTS], "", [Unpack([""], [])])
+    rest.force_cpu = True  # the parts are not moved to a device only to be unpacked on the CPU
+    return [*rules, rest]
 
 
 def originals(conversions: Iterable[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import optimum_sparse  # noqa: F401 (registers the format)
 from optimum_sparse.checkpoint import Checkpoint, pack_folder, weight_files
@@ -147,6 +147,11 @@ def test_disk_offload(model, request, tmp_path):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(dense)(**tokens).logits
         assert torch.equal(offloaded(**tokens).logits, logits)
+
+
+def test_a_part_of_the_model(llama):
+    """Without its head, the names of the model's parameters lack the prefix of those in the files."""
+    assert_equal(*(AutoModel.from_pretrained(folder) for folder in llama))
 
 
 def test_it_trains_and_takes_adapters(llama):
