@@ -41,9 +41,9 @@ class PackCommand(BaseOptimumCLICommand):
             from ..checkpoint import pack_folder
 
             sizes = pack_folder(Path(self.args.model), Path(self.args.output))
-            share = f", {sizes.packed_bytes / sizes.dense_bytes:.1%} of them dense" if sizes.dense_bytes else ""
+            share = f"{100 * sizes.packed_bytes / sizes.dense_bytes:.1f} %"
             print(
-                f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}{share}; all weight files "
+                f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}, {share} of dense; all weight files "
                 f"take {_megabytes(sizes.total_bytes)}.\n"
                 f"Saved to {self.args.output}. Load it with AutoModelForCausalLM.from_pretrained after "
                 "`import optimum_sparse`."

@@ -27,7 +27,7 @@ def test_there_and_back(tmp_path, capsys):
     dense = save_pruned(tmp_path / "dense", tiny_model())
     assert sparse("pack", dense, tmp_path / "packed") == 0
     said = capsys.readouterr().out
-    assert said.startswith("Packed 14 tensors to 0.0 MB, 53.1% of them dense; all weight files take 0.1 MB.")
+    assert said.startswith("Packed 14 tensors to 0.0 MB, 53.1 % of dense; all weight files take 0.1 MB.")
     assert "`import optimum_sparse`" in said
     assert sparse("unpack", tmp_path / "packed", tmp_path / "again") == 0
     assert capsys.readouterr().out.startswith("Unpacked 14 tensors; all weight files take 0.1 MB.")
