@@ -43,8 +43,8 @@ class PackCommand(BaseOptimumCLICommand):
             sizes = pack_folder(Path(self.args.model), Path(self.args.output))
             share = f"{100 * sizes.packed_bytes / sizes.dense_bytes:.1f} %"
             print(
-                f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}, {share} of dense; all weight "
-                f"files take {_megabytes(sizes.total_bytes)}.\n"
+                f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}, {share} of dense; all "
+                f"weight files take {_megabytes(sizes.total_bytes)}.\n"
                 f"Saved to {self.args.output}. Load it with AutoModelForCausalLM.from_pretrained after "
                 "`import optimum_sparse`."
             )
