@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# quantization_config.quant_method of a checkpoint that this package packed: without loss, hence not quantised.
+PACKED = "optimum_sparse_packed"
+
 # A folder with none of these has no tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -229,11 +232,11 @@ def check_not_quantized(source: str, config_file: Path) -> None:
     """Refuse a checkpoint whose config.json says that it is quantised.
 
     Raises:
-        ValueError: It has a `quantization_config`.
+        ValueError: It has a `quantization_config`, and not that of a packed checkpoint.
     """
     quantization = read_json(config_file).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and method != PACKED:
         raise ValueError(
             f"{source} carries a quantization_config ({method}): quantised weights cannot be pruned. Give the dense "
             "checkpoint that it was made from, and quantise after pruning."

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from . import metadata
 from .calibration import load_calibration
+from .checkpoint import convert
 from .config import SparseConfig
 from .estimate import parse_size, peak_memory
 from .matrices import find_matrices
@@ -142,8 +143,9 @@ class SparsePruner:
         directory: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: int | str = "5GB",
+        compressed: bool = False,
     ) -> None:
-        """Write a plain dense checkpoint, with zeros, that loads everywhere.
+        """Write a plain dense checkpoint, with zeros, that loads everywhere, or a packed one, without them.
 
         `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
         of them are complete.
@@ -152,16 +154,24 @@ class SparsePruner:
             model: The pruned model.
             directory: Where to; other files in it are left alone.
             tokenizer: Written along if given.
-            max_shard_size: Largest size of a weight file.
+            max_shard_size: Largest size of a weight file, if it were dense.
+            compressed: Pack the matrices without loss, to about half of their size at 50 % zeros; while that is done,
+                the dense files are on the disk, too. Loading then needs `import optimum_sparse` first.
 
         Raises:
-            ValueError: The model was not pruned, or `directory` holds the files that its weights are offloaded to.
+            ValueError: The model was not pruned, or has too few zeros for `compressed`, or `directory` holds the files
+                that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
         with replace_folder(directory) as folder, savable(model):
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if compressed:
+                with tempfile.TemporaryDirectory(dir=folder) as dense:
+                    model.save_pretrained(dense, max_shard_size=max_shard_size)
+                    convert(Path(dense), folder, pack=True)
+            else:
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if self.report is not None:
@@ -175,6 +185,7 @@ class SparsePruner:
         private: bool | None = None,
         token: str | None = None,
         commit_message: str | None = None,
+        compressed: bool = False,
     ) -> str:
         """Upload weights, tokenizer, report and model card in one commit.
 
@@ -185,6 +196,7 @@ class SparsePruner:
             private: Whether a new repository is private.
             token: Hub token, instead of the one logged in with.
             commit_message: Message of the commit.
+            compressed: As of `save`.
 
         Returns:
             URL of the commit.
@@ -192,13 +204,14 @@ class SparsePruner:
         from .integrations.hub import model_card, push_folder
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save(model, folder, tokenizer)
+            self.save(model, folder, tokenizer, compressed=compressed)
             name = type(model).__name__
             card = model_card(
                 model.config.sparsity_config,
                 self.report,
                 repo_id,
                 "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
+                compressed,
             )
             card.save(Path(folder, "README.md"))
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from optimum_sparse.commands.inspect import InspectCommand, inspect
+from optimum_sparse.commands.pack import PackCommand, UnpackCommand
 from optimum_sparse.commands.prune import PruneCommand, build_config
 from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.config import METHOD_NAMES, SparseConfig
+from optimum_sparse.packing import pack
 
 from .checkpoints import save_tiny, write_text
 from .integrations.fake_hub import FakeHub
@@ -26,7 +29,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "benchmarks" / "README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
-COMMANDS = {"prune": PruneCommand, "recover": RecoverCommand, "inspect": InspectCommand}
+COMMANDS = {
+    "prune": PruneCommand,
+    "recover": RecoverCommand,
+    "inspect": InspectCommand,
+    "pack": PackCommand,
+    "unpack": UnpackCommand,
+}
 
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -123,11 +132,30 @@ def test_architectures_runs():
     assert "model.vision_tower.*" in names["pruner"].config.targets
 
 
+def test_packing_runs(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "packing.md")
+    assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
+    assert inspect("packed")["metadata_is_true"]
+
+
+def test_sizes_of_packed_matrices():
+    text = (ROOT / "docs" / "packing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+)[^|]*\| (0\.\d+) \| (0\.\d+) \|$", text, re.MULTILINE)
+    assert {row[0] for row in rows} == {"50", "60", "70", "2:4", "4:8", "1:4"}
+    for kind, *shares in rows:
+        n, m = map(int, kind.split(":")) if ":" in kind else (100 - int(kind), 100)
+        for dtype, share in zip((torch.bfloat16, torch.float32), shares, strict=True):
+            weight = (torch.arange(m) < n).to(dtype).repeat(800, 800 // m)
+            assert pack(weight, kind if ":" in kind else "bitmask").nbytes / weight.nbytes == pytest.approx(
+                float(share), abs=5.1e-4
+            )
+
+
 def test_all_python_is_run_or_says_why_not():
     """Code that is neither on the pages above, nor in tests/recovery/test_page.py, nor a step of CONTRIBUTING.md."""
     run = {
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "recovery")),
+        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "packing", "recovery")),
     }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
     assert all(block.comment.startswith("file: ") for block in elsewhere)

@@ -31,6 +31,9 @@ ORDER = [
     "methods",
     "report",
     "metadata",
+    "loading",
+    "packing",
+    "checkpoint",
     "plan",
     "estimate",
     "progress",
@@ -41,7 +44,6 @@ ORDER = [
     "pruner",
     "dry_run",
     "evaluation",
-    "loading",
     "integrations",
     "recovery",
     "commands",
@@ -78,7 +80,11 @@ def test_import_is_light(statement: str):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["sparse", "--help"], ["sparse", "prune", "--help"], ["sparse", "inspect", "--help"]],
+    [
+        ["--help"],
+        ["sparse", "--help"],
+        *(["sparse", name, "--help"] for name in ("prune", "inspect", "pack", "unpack")),
+    ],
     ids=" ".join,
 )
 def test_help_of_the_command_is_light(arguments: list[str]):

@@ -130,6 +130,35 @@ def test_save_and_load_are_exact_and_the_checkpoint_is_plain(tmp_path):
     assert len(report["matrices"]) == 14 and report["calibration"]["num_samples"] == 6
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_compressed_checkpoint_is_the_same_model_in_fewer_bytes(architecture, tmp_path):
+    model = tiny_model(architecture)
+    pruner = pruned(model, method="magnitude", pattern="2:4")
+    for folder, compressed in (("packed", True), ("dense", False)):
+        pruner.save(model, tmp_path / folder, tiny_tokenizer(), max_shard_size="40KB", compressed=compressed)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert loaded.config.sparsity_config == model.config.sparsity_config
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    sizes = {path.parent.name: 0 for path in tmp_path.rglob("*.safetensors")}
+    for path in tmp_path.rglob("*.safetensors"):
+        sizes[path.parent.name] += path.stat().st_size
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    assert sizes["packed"] < 0.75 * sizes["dense"]  # embeddings and lm_head are not pruned
+    assert {path.name for path in (tmp_path / "packed").iterdir()} == {
+        path.name for path in (tmp_path / "dense").iterdir()
+    }
+
+
+def test_a_compressed_checkpoint_replaces_a_dense_one(tmp_path):
+    model = tiny_model()
+    pruner = pruned(model, method="magnitude")
+    pruner.save(model, tmp_path, max_shard_size="40KB")
+    pruner.save(model, tmp_path, compressed=True)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    pruner.save(model, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_metadata_is_recomputed_on_save(tmp_path, caplog):
     model = tiny_model()
     pruner = pruned(model, method="magnitude")

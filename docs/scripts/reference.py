@@ -65,6 +65,14 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         [("commands/inspect.py", ("inspect",)), ("integrations/hub.py", ("model_card", "push_folder"))],
     ),
     (
+        "Packed checkpoints",
+        "See [Packed checkpoints](packing.md).",
+        [
+            ("checkpoint.py", ("pack_folder", "unpack_folder", "Sizes", "Checkpoint")),
+            ("packing.py", ("Packed", "pack", "smallest")),
+        ],
+    ),
+    (
         "Building a method",
         "What a method gets and gives back; see [CONTRIBUTING](../CONTRIBUTING.md#adding-a-method).",
         [

@@ -75,7 +75,7 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
     claimed = {name: claim for claim in claims.values() for name in claim.names}
 
     found = {}
-    for name, weight in _matrices(folder):
+    for name, weight in _matrices(folder, config):
         claim = claimed.get(name)
         conv1d = config.get("model_type") in CONV1D_MODELS and name.rsplit(".", 1)[-1] in CONV1D_MODULES
         patterns = dict.fromkeys([*COMMON_PATTERNS, claim.pattern if claim else None])
@@ -186,35 +186,14 @@ def _download(repo_id: str) -> Path:
         )
 
 
-def _matrices(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Module name and weight of each tensor with two or more dimensions, one in memory at a time."""
-    from safetensors import SafetensorError, safe_open
+def _matrices(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Module name of each tensor with two or more dimensions, and the tensor, or of a packed one what is not zero."""
+    from ..checkpoint import Checkpoint, encoding, weight_files
+    from ..packing import Packed
 
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    if len(tensors.get_slice(key).get_shape()) >= 2:
-                        yield key.removesuffix(".weight"), tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is corrupt ({error}): download or save it again.") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index} has no weight_map: download or save the checkpoint again.")
-        files = [folder / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {', '.join(missing)}, which {index.name} names: download it again."
-            )
-    else:
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no safetensors files: other formats cannot be inspected.")
-    return files
+    with Checkpoint(weight_files(folder), encoding(config)) as checkpoint:
+        for names in checkpoint.names.values():
+            for name in names:
+                tensor = checkpoint.read(name)
+                if len(tensor.shape) >= 2:
+                    yield name.removesuffix(".weight"), tensor.nonzero() if isinstance(tensor, Packed) else tensor

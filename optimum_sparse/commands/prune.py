@@ -29,7 +29,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
 Prune a model that takes text in one shot and save it as an ordinary checkpoint with zeros in it, which loads
-wherever the dense one does. It takes as much disk space and time per token as the dense model.
+wherever the dense one does. It takes as much disk space and time per token as the dense model; `pack` makes its files
+smaller.
 
 examples:
   optimum-cli sparse prune HuggingFaceTB/SmolLM2-135M-Instruct pruned --sparsity 0.5

@@ -3,6 +3,7 @@
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .inspect import InspectCommand
+from .pack import PackCommand, UnpackCommand
 from .plan import PlanCommand
 from .prune import PruneCommand
 from .recover import RecoverCommand
@@ -11,8 +12,8 @@ from .recover import RecoverCommand
 class SparseCommand(BaseOptimumCLICommand):
     """Shows the help of the commands below it."""
 
-    COMMAND = CommandInfo(name="sparse", help="Prune models, recover them, and look at pruned ones.")
+    COMMAND = CommandInfo(name="sparse", help="Prune models, recover them, look at pruned ones and pack them.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, PlanCommand, RecoverCommand, InspectCommand)
+        for command in (PruneCommand, PlanCommand, RecoverCommand, InspectCommand, PackCommand, UnpackCommand)
     )

@@ -19,17 +19,16 @@ BODY = """\
 
 {base} pruned in one shot with the method `{method}` by `optimum-sparse`:
 **{achieved} of the weights of {num_matrices} matrices are zero**{pattern_note}.
-The other weights are in their places, so that the model loads like any other:
+{loading}
 
 ```python
-from transformers import {model_class}, {processor_class}
+{imports}from transformers import {model_class}, {processor_class}
 
 model = {model_class}.from_pretrained("{repo_id}", dtype="auto")
 {processor} = {processor_class}.from_pretrained("{repo_id}")
 ```
 
-The files are those of a dense model with zeros in them: they take the same disk space and memory, and run at the same
-speed, as those of the dense model. A gain needs software that makes use of the zeros.
+{files}
 
 ## What was pruned
 
@@ -43,12 +42,31 @@ weights, run `optimum-cli sparse inspect {repo_id}`.
 {how}
 """
 
+# What the card says of files that are dense, and of those that are packed.
+DENSE = {
+    "loading": "The other weights are in their places, so that the model loads like any other:",
+    "imports": "",
+    "files": """\
+The files are those of a dense model with zeros in them: they take the same disk space and memory, and run at the same
+speed, as those of the dense model. A gain needs software that makes use of the zeros.""",
+}
+PACKED = {
+    "loading": """\
+The files hold the other weights only, packed without loss. With the package `optimum-sparse` installed and imported,
+the model loads like any other:""",
+    "imports": "import optimum_sparse  # or from_pretrained cannot read the packed files\n",
+    "files": """\
+The files are smaller than those of the dense model. Once loaded, it takes the same memory and runs at the same speed.
+`optimum-cli sparse unpack` makes dense files of them, which load without `optimum-sparse`.""",
+}
+
 
 def model_card(
     metadata: Mapping[str, Any],
     report: SparsityReport | None = None,
     repo_id: str = "",
     model_class: str = "AutoModelForCausalLM",
+    packed: bool = False,
 ) -> ModelCard:
     """Describe a pruned model for people and for the Hub's search.
 
@@ -57,6 +75,7 @@ def model_card(
         report: Adds the error of each kind of matrix, if it was pruned just now.
         repo_id: Where it will stand; only used in the text.
         model_class: The class of Transformers to load it with.
+        packed: Whether its files are packed.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -72,6 +91,7 @@ def model_card(
         tags=["optimum-sparse", "sparse", "pruned", method, *([pattern] if pattern else [])],
     )
     body = BODY.format(
+        **(PACKED if packed else DENSE),
         title=repo_id.split("/")[-1],
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else (f"`{base}`" if base else "A model"),
         method=method,

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from optimum_sparse import SparsePruner
 from optimum_sparse.integrations.hub import model_card
 from optimum_sparse.report import MatrixReport, SparsityReport
 
 from ..checkpoints import save_tiny
+from ..helpers import tiny_model
 from .fake_hub import FakeHub
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +206,22 @@ def test_card_of_another_kind_of_model():
     assert "from transformers import T5ForConditionalGeneration, AutoProcessor" in card
     assert 'T5ForConditionalGeneration.from_pretrained("me/t5"' in card
     assert "text-generation" not in card and "AutoModelForCausalLM" not in card
+
+
+def test_card_and_files_of_a_packed_model(monkeypatch: pytest.MonkeyPatch):
+    seen = {}
+
+    def push(folder: str, repo_id: str, **options: object) -> str:
+        seen.update(
+            {path.name: path.read_text() for path in Path(folder).iterdir() if path.suffix in (".json", ".md")}
+        )
+        return "url"
+
+    monkeypatch.setattr("optimum_sparse.integrations.hub.push_folder", push)
+    model, pruner = tiny_model(), SparsePruner(method="magnitude", progress=False)
+    pruner.prune(model)
+    assert pruner.push_to_hub(model, "me/sparse", compressed=True) == "url"
+    assert json.loads(seen["config.json"])["quantization_config"]["quant_method"] == "optimum_sparse_packed"
+    code = seen["README.md"].split("```python\n")[1].split("```")[0]
+    assert code.startswith("import optimum_sparse ")
+    assert "sparse unpack" in seen["README.md"] and "same disk space" not in seen["README.md"]
