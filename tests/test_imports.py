@@ -37,6 +37,13 @@ ORDER = [
     "pruner",
     "evaluation",
     "loading",
+    "runtime.kernels",
+    "runtime.tiles",
+    "runtime.ops",
+    "runtime.linear",
+    "runtime.report",
+    "runtime.sparsify",
+    "runtime",
     "integrations",
     "recovery",
     "commands",
@@ -95,9 +102,15 @@ def test_public_names():
     from optimum_sparse.config import SparseConfig
     from optimum_sparse.pruner import SparsePruner
     from optimum_sparse.report import SparsityReport
+    from optimum_sparse.runtime import sparsify_for_inference
 
     public = {name: getattr(optimum_sparse, name) for name in optimum_sparse.__all__}
-    assert public == {"SparseConfig": SparseConfig, "SparsePruner": SparsePruner, "SparsityReport": SparsityReport}
+    assert public == {
+        "SparseConfig": SparseConfig,
+        "SparsePruner": SparsePruner,
+        "SparsityReport": SparsityReport,
+        "sparsify_for_inference": sparsify_for_inference,
+    }
     assert set(public) <= set(dir(optimum_sparse))
 
 
