@@ -60,7 +60,10 @@ class SparseLinear(nn.Module):
         """`x` `[..., in_features]` times the weight, plus the bias: `[..., out_features]`."""
         if x.requires_grad and torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        return ops.tiles_linear(x, self.masks, self.values, self.offsets, self.bias, self.out_features)
+        parts = self._buffers  # at once: the look-up of an attribute that is a buffer takes long
+        return ops.tiles_linear(
+            x, parts["masks"], parts["values"], parts["offsets"], self.bias, self.out_features, self.in_features
+        )
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -21,7 +21,8 @@ BUFFER_BYTES = 2**23
 
 _LIBRARY = torch.library.Library("optimum_sparse", "DEF")
 _LIBRARY.define(
-    "tiles_linear(Tensor x, Tensor masks, Tensor values, Tensor offsets, Tensor? bias, int rows) -> Tensor"
+    "tiles_linear(Tensor x, Tensor masks, Tensor values, Tensor offsets, Tensor? bias, int rows, int columns)"
+    " -> Tensor"
 )
 _LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -35,12 +36,12 @@ def _tiles_linear(
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
     rows: int,
+    columns: int,
 ) -> torch.Tensor:
     """`F.linear` with the weight whose `Tiles` these are; `x` is `[..., columns]`."""
-    columns = x.shape[-1]
     shape = (rows, columns)
     tiles.check_parts(shape, masks, values, offsets)
-    _check_types(x, values, bias, rows)
+    _check_inputs(x, values, bias, shape)
     tokens = x.numel() // columns
     if tokens > MOST_TOKENS or not _has_kernel(x):
         return _unpack_and_multiply(x, masks, values, offsets, bias, shape)
@@ -60,9 +61,7 @@ def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     if weight.ndim != 2 or not weight.is_contiguous():
         raise ValueError(f"the weight must be [rows, columns] and contiguous, got {tuple(weight.shape)}.")
     rows, columns = weight.shape
-    if x.shape[-1] != columns:
-        raise ValueError(f"an input of {x.shape[-1]} features does not fit a weight of {columns}.")
-    _check_types(x, weight, bias, rows)
+    _check_inputs(x, weight, bias, (rows, columns))
     if x.numel() != columns or not _has_kernel(x):
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], rows)
@@ -86,7 +85,10 @@ def _has_kernel(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in kernels.MULTIPLIED and kernels.compiled()
 
 
-def _check_types(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
+def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    if x.shape[-1:] != (columns,):
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight with {columns} columns.")
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(
             f"the input is {x.dtype} on {x.device}, and the weight {weight.dtype} on {weight.device}: "
@@ -139,6 +141,7 @@ def _tiles_shape(
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
     rows: int,
+    columns: int,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
