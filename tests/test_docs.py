@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+from optimum_sparse.commands.bench import BenchCommand
 from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.prune import PruneCommand, build_config
 from optimum_sparse.commands.recover import RecoverCommand
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "benchmarks" / "README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
-COMMANDS = {"prune": PruneCommand, "recover": RecoverCommand, "inspect": InspectCommand}
+COMMANDS = {"prune": PruneCommand, "recover": RecoverCommand, "inspect": InspectCommand, "bench": BenchCommand}
 
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE

@@ -43,6 +43,7 @@ ORDER = [
     "runtime.linear",
     "runtime.report",
     "runtime.sparsify",
+    "runtime.bench",
     "runtime",
     "integrations",
     "recovery",
@@ -80,7 +81,13 @@ def test_import_is_light(statement: str):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["sparse", "--help"], ["sparse", "prune", "--help"], ["sparse", "inspect", "--help"]],
+    [
+        ["--help"],
+        ["sparse", "--help"],
+        ["sparse", "prune", "--help"],
+        ["sparse", "inspect", "--help"],
+        ["sparse", "bench", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_of_the_command_is_light(arguments: list[str]):

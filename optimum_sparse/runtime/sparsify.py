@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import platform
 import statistics
 import time
 from collections import Counter
@@ -74,7 +76,14 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         else:
             choice, reason, times = _fastest(model, members, batch_size)
         layers.append(_replace(model, members, choice, reason, times))
+    release_memory()
     return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps that of weights, which would take as much as before."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

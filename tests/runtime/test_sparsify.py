@@ -22,8 +22,8 @@ def prune(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "head" not in name:
             weight = module.weight.data
-            smallest = weight.abs().flatten().argsort()[: int(sparsity * weight.numel())]
-            weight.view(-1)[smallest] = 0
+            threshold = weight.abs().flatten().kthvalue(int(sparsity * weight.numel())).values
+            weight[weight.abs() <= threshold] = 0
     return model
 
 
