@@ -232,11 +232,16 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
     Raises:
         ValueError: The model has no such matrix.
     """
+    from .runtime.linear import SparseLinear
     from .uses import View
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
     whole, _, part = name.rpartition(".")
     for owner, index in ((name, 0), (whole, int(part) if part.isdigit() else -1)):
+        module = modules.get(owner)
+        if isinstance(module, SparseLinear):
+            parameters[f"{owner}.weight"] = module.weight  # which it writes to a checkpoint
         parameter_name = f"{owner}.weight" if f"{owner}.weight" in parameters else owner
         parameter = parameters.get(parameter_name)
         if parameter is not None and 0 <= index < parameter.numel() // (shape[0] * shape[1]):

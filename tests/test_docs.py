@@ -19,6 +19,7 @@ from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.prune import PruneCommand, build_config
 from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.config import METHOD_NAMES, SparseConfig
+from optimum_sparse.runtime import ops
 
 from .checkpoints import save_tiny, write_text
 from .integrations.fake_hub import FakeHub
@@ -124,11 +125,20 @@ def test_architectures_runs():
     assert "model.vision_tower.*" in names["pruner"].config.targets
 
 
+def test_runtime_runs(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "runtime.md")
+    assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
+    page = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
+    assert f"From {ops.MOST_TOKENS + 1} tokens at once on" in page
+    assert f"a buffer of {ops.BUFFER_BYTES >> 20} MB" in page
+    assert all(f"`{level}`" in page for level in ["portable", "avx2", "avx512", "avx512_bf16", "torch"])
+
+
 def test_all_python_is_run_or_says_why_not():
     """Code that is neither on the pages above, nor in tests/recovery/test_page.py, nor a step of CONTRIBUTING.md."""
     run = {
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "recovery")),
+        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "recovery", "runtime")),
     }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
     assert all(block.comment.startswith("file: ") for block in elsewhere)

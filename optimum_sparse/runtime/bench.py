@@ -34,7 +34,7 @@ def bench(
 ) -> tuple[dict[str, Any], list[RuntimeReport]]:
     """Measure a pruned model as it is and after `sparsify_for_inference`, in turn, in this process.
 
-    Both are loaded anew, the second one once for each batch size; so two of them are in memory at a time.
+    Both are loaded anew, the second one once for each batch size; two models are in memory at a time.
 
     Args:
         source: A folder or Hub id of a model that generates text.
@@ -59,6 +59,7 @@ def bench(
             "batch_sizes, prompt_tokens and repeats must be at least 1, and new_tokens at least 2; got "
             f"{list(batch_sizes)}, {prompt_tokens}, {repeats} and {new_tokens}."
         )
+    _warm_up(_load(source, dtype, prompt_tokens + new_tokens))  # imports what would count for the dense model only
     start, before = time.perf_counter(), resident_bytes()
     dense = _load(source, dtype, prompt_tokens + new_tokens)
     loading = {"dense": time.perf_counter() - start}
@@ -104,8 +105,10 @@ def generation_speeds(
     prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
     firsts: dict[str, list[float]] = {name: [] for name in models}
     others: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
     for turn in range(repeats + 1):
-        for name in list(models)[:: 1 if turn % 2 else -1]:
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
             first, *_, last = _generation_times(models[name], prompt, new_tokens)
             if turn:  # the first turn warms up
                 firsts[name].append(first)
@@ -180,7 +183,7 @@ def plot(findings: Mapping[str, Any], file: Path) -> None:
         axes.set_xticks(range(len(labels)), labels)
         axes.set_title(f"{what}, tokens/s")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     figure.savefig(file)
 
 

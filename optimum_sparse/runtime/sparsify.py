@@ -76,8 +76,19 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         else:
             choice, reason, times = _fastest(model, members, batch_size)
         layers.append(_replace(model, members, choice, reason, times))
+    if any(layer.choice == "sparse" for layer in layers):
+        _copy_what_stays(model)
     release_memory()
     return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
+
+
+def _copy_what_stays(model: nn.Module) -> None:
+    """Let go of the checkpoint: one tensor that is mapped from a file keeps all of it in memory."""
+    dense = [module for module in model.modules() if not isinstance(module, SparseLinear)]
+    tensors = {id(t): t for m in dense for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    for tensor in tensors.values():
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def release_memory() -> None:

@@ -14,16 +14,17 @@
  *   TOKENS              vectors that are multiplied at once: 4 * TOKENS sums must fit into the registers
  */
 
-/* Software prefetch: masked loads do not train that of the processor. */
-#define AHEAD 8192
+/* Software prefetch, so many bytes ahead: masked loads do not train that of the processor. */
+#define VALUES_AHEAD 12288
+#define MASKS_AHEAD 4096
 
 TARGET static void NAME(matvec)(const uint8_t *masks, const VALUE *values, const INPUT *x, int64_t num_tiles, float *out)
 {
     SUMS sums[TILE_ROWS] = {0};
     for (int64_t tile = 0; tile < num_tiles; tile++) {
-        __builtin_prefetch(masks + AHEAD / 2);
+        __builtin_prefetch(masks + MASKS_AHEAD);
         for (size_t line = 0; line < 128 * sizeof(VALUE); line += 64)
-            __builtin_prefetch((const char *)values + AHEAD + line);
+            __builtin_prefetch((const char *)values + VALUES_AHEAD + line);
         UNROLL for (int row = 0; row < TILE_ROWS; row++)
             UNROLL for (int j = 0; j < TILE_COLUMNS; j += LANES) {
                 const uint8_t *mask = masks + 4 * row + j / 8;
@@ -48,9 +49,9 @@ TARGET static void NAME(matmat)(const uint8_t *masks, const VALUE *values, const
     for (int64_t start = 0; start < num_tiles; start += CHUNK / TILE_COLUMNS) {
         const int64_t width = TILE_COLUMNS * MIN(num_tiles - start, CHUNK / TILE_COLUMNS);
         for (int64_t column = 0; column < width; column += TILE_COLUMNS) {
-            __builtin_prefetch(masks + AHEAD / 2);
+            __builtin_prefetch(masks + MASKS_AHEAD);
             for (size_t line = 0; line < 128 * sizeof(VALUE); line += 64)
-                __builtin_prefetch((const char *)values + AHEAD + line);
+                __builtin_prefetch((const char *)values + VALUES_AHEAD + line);
             UNROLL for (int row = 0; row < TILE_ROWS; row++)
                 UNROLL for (int j = 0; j < TILE_COLUMNS; j += LANES) {
                     const uint8_t *mask = masks + 4 * row + j / 8;
@@ -90,7 +91,7 @@ TARGET static float NAME(dot)(const VALUE *weight, const INPUT *x, int64_t colum
     SUMS sums[8] = {0};
     int64_t j = 0;
     for (; j + 8 * LANES <= columns; j += 8 * LANES) {
-        __builtin_prefetch((const char *)(weight + j) + AHEAD / 2);
+        __builtin_prefetch((const char *)(weight + j) + MASKS_AHEAD);
         UNROLL for (int i = 0; i < 8; i++)
             sums[i] = MADD(sums[i], WIDEN(weight + j + i * LANES), LOAD(x + j + i * LANES));
     }
@@ -107,4 +108,5 @@ TARGET static float NAME(dot)(const VALUE *weight, const INPUT *x, int64_t colum
     return TOTAL(sums[0]);
 }
 
-#undef AHEAD
+#undef VALUES_AHEAD
+#undef MASKS_AHEAD

@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from optimum_sparse import sparsify_for_inference
+from optimum_sparse import SparsePruner, sparsify_for_inference
+from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.runtime import kernels, sparsify
 
 from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
@@ -225,6 +227,15 @@ def test_saves_an_ordinary_checkpoint(tied: bool, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
 
 
+def test_pruner_saves_it_with_true_metadata(tmp_path):
+    model, pruner = tiny_model("llama"), SparsePruner(method="magnitude", sparsity=0.5)
+    pruner.prune(model)
+    sparsify_for_inference(model, prefer="memory")
+    pruner.save(model, tmp_path)
+    found = inspect(str(tmp_path))
+    assert found["metadata_is_true"] and found["pruned_zeros"] == found["pruned_weights"] // 2 > 0
+
+
 def test_memory_of_dense_weights_is_given_back():
     model = three_layers()
     storage = model["pruned"].weight.untyped_storage()._weak_ref()
@@ -232,6 +243,21 @@ def test_memory_of_dense_weights_is_given_back():
     del report
     assert torch.UntypedStorage._expired(storage)
     torch.UntypedStorage._free_weak_ref(storage)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not show what is mapped")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_checkpoint_does_not_stay_in_memory(tied: bool, tmp_path):
+    prune(tiny_model("llama", tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=8, do_sample=False)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    sparsify_for_inference(model, prefer="memory")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(
+        model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=8, do_sample=False), expected
+    )
 
 
 @pytest.mark.slow
