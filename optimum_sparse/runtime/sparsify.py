@@ -135,31 +135,33 @@ class _Candidate:
 
 
 def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
-    """The layers to look at, and why the others with a weight matrix are left alone."""
+    """The layers to look at, and why all others with a matrix are left alone; embeddings are no products."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found, untouched = [], {}
+    found: list[_Candidate] = []
+    untouched: dict[str, str] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding | DenseLinear):
+        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear):
             continue
-        reason = _reason_to_stay(module, weight)
+        matrices = {key: p for key, p in module._parameters.items() if p is not None and p.ndim >= 2}
+        reason = _reason_to_stay(module)
         if reason is not None:
-            untouched[name] = reason
-        else:
-            shape = (weight.shape[0], weight.shape[1])
-            bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
-            found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
+            untouched |= {f"{name}.{key}".strip(".").removesuffix(".weight"): reason for key in matrices}
+            continue
+        weight = matrices["weight"]
+        shape = (weight.shape[0], weight.shape[1])
+        bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
+        found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
     return found, _fold(untouched)
 
 
-def _reason_to_stay(module: nn.Module, weight: torch.Tensor) -> str | None:
+def _reason_to_stay(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         return f"stays as it is: only nn.Linear is replaced, and it is a {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
         return "stays as it is: it has forward hooks"
-    if weight.device.type != "cpu":
-        return f"stays as it is: there are no kernels for {weight.device.type}"
-    if 0 in weight.shape:
+    if module.weight.device.type != "cpu":
+        return f"stays as it is: there are no kernels for {module.weight.device.type}"
+    if 0 in module.weight.shape:
         return "stays as it is: it has no weights"
     return None
 

@@ -27,6 +27,6 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path):
     files = [Path(__file__).with_name("fuzz.c"), SOURCES / "kernels.c"]
     options = ["-std=c11", "-O1", "-g", "-Wall", "-Werror", "-Wno-psabi", "-fopenmp", *SANITIZE]
     subprocess.run([compiler, *options, f"-I{SOURCES}", *files, "-lm", "-o", program], check=True)
-    result = subprocess.run([program, "400"], capture_output=True, text=True)
+    result = subprocess.run([program, "200"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split()[0] == "portable"

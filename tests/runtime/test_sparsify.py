@@ -122,6 +122,11 @@ def test_what_cannot_be_replaced_is_named():
     class Other(nn.Linear):
         pass
 
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.scale = nn.Parameter(torch.ones(2, 4, 4)), nn.Parameter(torch.ones(4))
+
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(128, 64),
@@ -129,12 +134,15 @@ def test_what_cannot_be_replaced_is_named():
             "hooked": nn.Linear(64, 64),
             "other": Other(64, 64),
             "conv": Conv1D(64, 64),
+            "experts": Experts(),
+            "meta": nn.Linear(64, 64, device="meta"),
             "float64": nn.Linear(64, 64, dtype=torch.float64),
             "blocks": nn.ModuleList(Other(64, 64) for _ in range(3)),
         }
     )
     for parameter in model.parameters():
-        parameter.data.view(-1)[::2] = 0
+        if not parameter.is_meta:
+            parameter.data.view(-1)[::2] = 0
     model["head"].weight = model["embedding"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
     before = forms(model)
@@ -148,6 +156,8 @@ def test_what_cannot_be_replaced_is_named():
         "hooked": "stays as it is: it has forward hooks",
         "other": "stays as it is: only nn.Linear is replaced, and it is a Other",
         "conv": "stays as it is: only nn.Linear is replaced, and it is a Conv1D",
+        "experts.up_proj": "stays as it is: only nn.Linear is replaced, and it is a Experts",
+        "meta": "stays as it is: there are no kernels for meta",
         "blocks.{0-2}": "stays as it is: only nn.Linear is replaced, and it is a Other",
     }
 
