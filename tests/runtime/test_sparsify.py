@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -87,14 +86,32 @@ def test_larger_batches_are_measured_with_as_many_tokens(monkeypatch: pytest.Mon
     assert report.layers[0].reason == "not timed: it has too few zeros to become smaller"
 
 
-def test_measurement_runs_each_layer_and_finds_the_slow_one():
-    class Slow(nn.Module):
+def test_times_are_medians_of_one_layer_measured_in_turn(monkeypatch: pytest.MonkeyPatch):
+    ways = {"one": [nn.Identity()], "two": [nn.Identity(), nn.Identity()]}
+    order, x = [], torch.ones(3, 4)
+
+    def seconds(layers: list[nn.Module], inputs: torch.Tensor) -> float:
+        assert inputs is x
+        order.append(len(layers))
+        return 1e-6 * (len(order) if len(layers) == 1 else 1000)  # one: 1, 4, 5, 8, 9, ...
+
+    monkeypatch.setattr(sparsify, "_seconds", seconds)
+    monkeypatch.setattr(sparsify, "SECONDS", 0)
+    times = sparsify._times(ways, x)
+    assert order == [1, 2, 2, 1] * 3 + [1, 2]  # seven rounds
+    assert times == {"one": pytest.approx(8), "two": pytest.approx(500)}
+
+
+def test_measurement_runs_every_layer():
+    calls = []
+
+    class Layer(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.002)
+            calls.append(torch.is_inference_mode_enabled())
             return x
 
-    times = sparsify._times({"slow": [Slow(), Slow()], "quick": [nn.Identity(), nn.Identity()]}, torch.ones(1, 64))
-    assert times["slow"] > 2000 > times["quick"] > 0
+    assert sparsify._times({"torch": [Layer(), Layer()]}, torch.ones(1, 4))["torch"] > 0
+    assert len(calls) >= 2 * sparsify.LEAST_ROUNDS and all(calls)
 
 
 def test_memory_packs_all_that_become_smaller():
