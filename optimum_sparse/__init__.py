@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from .config import SparseConfig
     from .pruner import SparsePruner
     from .report import SparsityReport
+    from .runtime import sparsify_for_inference
 
 __version__ = "0.1.0"
-__all__ = ["SparseConfig", "SparsePruner", "SparsityReport"]
+__all__ = ["SparseConfig", "SparsePruner", "SparsityReport", "sparsify_for_inference"]
 
 _HOME = {
     "SparseConfig": ".config",
     "SparsePruner": ".pruner",
     "SparsityReport": ".report",
+    "sparsify_for_inference": ".runtime",
 }
 
 

@@ -233,16 +233,21 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
         ValueError: The model has no such matrix.
     """
     from .offload import value_of
+    from .runtime.linear import SparseLinear
     from .uses import View
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
     whole, _, part = name.rpartition(".")
     for owner, index in ((name, 0), (whole, int(part) if part.isdigit() else -1)):
+        module = modules.get(owner)
+        if isinstance(module, SparseLinear):
+            parameters[f"{owner}.weight"] = module.weight  # which it writes to a checkpoint
         parameter_name = f"{owner}.weight" if f"{owner}.weight" in parameters else owner
         parameter = parameters.get(parameter_name)
         if parameter is not None and 0 <= index < parameter.numel() // (shape[0] * shape[1]):
-            module, _, attribute = parameter_name.rpartition(".")
-            value = value_of(model.get_submodule(module), attribute)
+            owner, _, attribute = parameter_name.rpartition(".")
+            value = value_of(modules[owner], attribute)
             return parameter_name, View(parameter_name, index, shape, transposed).of(value)
     raise ValueError(
         f"config.sparsity_config names the matrix {name!r} of shape {list(shape)}, which {type(model).__name__} does "

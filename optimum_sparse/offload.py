@@ -413,7 +413,7 @@ def value_of(module: nn.Module, name: str) -> torch.Tensor:
         module: The module that owns it.
         name: Its name in the module.
     """
-    parameter = module.get_parameter(name)
+    parameter = getattr(module, name)
     hook = _offloading_hook(module)
     return parameter if parameter.device.type != "meta" or hook is None else Place(module, name, hook).load()
 

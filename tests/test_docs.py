@@ -15,12 +15,15 @@ from types import ModuleType
 import pytest
 import torch
 
+from optimum_sparse.commands.bench import BenchCommand
 from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.pack import PackCommand, UnpackCommand
+from optimum_sparse.commands.plan import PlanCommand
 from optimum_sparse.commands.prune import PruneCommand, build_config
 from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.config import METHOD_NAMES, SparseConfig
 from optimum_sparse.packing import pack
+from optimum_sparse.runtime import ops
 
 from .checkpoints import save_tiny, write_text
 from .integrations.fake_hub import FakeHub
@@ -31,10 +34,12 @@ PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
 COMMANDS = {
     "prune": PruneCommand,
+    "plan": PlanCommand,
     "recover": RecoverCommand,
     "inspect": InspectCommand,
     "pack": PackCommand,
     "unpack": UnpackCommand,
+    "bench": BenchCommand,
 }
 
 BLOCK = re.compile(
@@ -151,11 +156,23 @@ def test_sizes_of_packed_matrices():
             )
 
 
+def test_runtime_runs(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "runtime.md")
+    assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
+    page = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
+    assert f"From {ops.MOST_TOKENS + 1} tokens at once on" in page
+    assert f"a buffer of {ops.BUFFER_BYTES >> 20} MB" in page
+    assert all(f"`{level}`" in page for level in ["portable", "avx2", "avx512", "avx512_bf16", "torch"])
+
+
 def test_all_python_is_run_or_says_why_not():
     """Code that is neither on the pages above, nor in tests/recovery/test_page.py, nor a step of CONTRIBUTING.md."""
     run = {
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "architectures", "packing", "recovery")),
+        *(
+            ROOT / "docs" / f"{name}.md"
+            for name in ("getting-started", "architectures", "packing", "recovery", "runtime", "scale")
+        ),
     }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
     assert all(block.comment.startswith("file: ") for block in elsewhere)

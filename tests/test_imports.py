@@ -30,6 +30,10 @@ ORDER = [
     "statistics",
     "methods",
     "report",
+    "runtime.kernels",
+    "runtime.tiles",
+    "runtime.ops",
+    "runtime.linear",
     "metadata",
     "loading",
     "packing",
@@ -44,6 +48,10 @@ ORDER = [
     "pruner",
     "dry_run",
     "evaluation",
+    "runtime.report",
+    "runtime.sparsify",
+    "runtime.bench",
+    "runtime",
     "integrations",
     "recovery",
     "commands",
@@ -83,7 +91,7 @@ def test_import_is_light(statement: str):
     [
         ["--help"],
         ["sparse", "--help"],
-        *(["sparse", name, "--help"] for name in ("prune", "inspect", "pack", "unpack")),
+        *(["sparse", name, "--help"] for name in ("prune", "plan", "inspect", "pack", "unpack", "bench")),
     ],
     ids=" ".join,
 )
@@ -106,9 +114,15 @@ def test_public_names():
     from optimum_sparse.config import SparseConfig
     from optimum_sparse.pruner import SparsePruner
     from optimum_sparse.report import SparsityReport
+    from optimum_sparse.runtime import sparsify_for_inference
 
     public = {name: getattr(optimum_sparse, name) for name in optimum_sparse.__all__}
-    assert public == {"SparseConfig": SparseConfig, "SparsePruner": SparsePruner, "SparsityReport": SparsityReport}
+    assert public == {
+        "SparseConfig": SparseConfig,
+        "SparsePruner": SparsePruner,
+        "SparsityReport": SparsityReport,
+        "sparsify_for_inference": sparsify_for_inference,
+    }
     assert set(public) <= set(dir(optimum_sparse))
 
 

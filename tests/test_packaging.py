@@ -16,6 +16,8 @@ import pytest
 import optimum_sparse
 
 ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0])
+EXTENSION = "optimum_sparse/runtime/_kernels.abi3.so"
 REGISTER = "optimum.commands.register"
 
 # Says where the package comes from and runs `optimum-cli`, after the .pth files in the folder argv[1] were read.
@@ -24,6 +26,8 @@ import site, sys
 site.addsitedir(sys.argv.pop(1))
 import optimum_sparse
 print(optimum_sparse.__file__)
+from optimum_sparse.runtime import kernels
+print(kernels.MISSING)
 from optimum.commands.optimum_cli import main
 main()
 """
@@ -41,7 +45,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "optimum_sparse", copy / "optimum_sparse", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "optimum_sparse", copy / "optimum_sparse", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     return copy
 
 
@@ -73,6 +79,8 @@ def test_wheel_holds_every_module(wheel: Path):
         for file in folder.glob("*.py")
     }
     expected |= {"optimum/commands/register/register_sparse.py", "optimum_sparse/py.typed"}
+    if COMPILER:
+        expected.add(EXTENSION)
     code = {name for name in wheel_files(wheel) if ".dist-info/" not in name}
     assert code == expected
 
@@ -109,9 +117,32 @@ def test_installation_shows_the_command(kind: str, source: Path, wheel: Path, tm
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    imported_from, help_text = result.stdout.split("\n", 1)
+    imported_from, missing, help_text = result.stdout.split("\n", 2)
     assert Path(imported_from).is_relative_to(target if kind == "wheel" else source)
     assert re.search(r"^ +sparse +\w", help_text, re.MULTILINE), help_text
+    assert missing == "None" or not COMPILER
+
+
+def test_wheel_fits_every_later_python(wheel: Path):
+    assert "-cp311-abi3-" in wheel.name
+
+
+def test_without_a_compiler_the_package_says_what_is_missing(source: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    shutil.rmtree(source / "build", ignore_errors=True)
+    subprocess.run(command, check=True, env=os.environ | {"CC": "no-such-compiler"})
+    (file,) = tmp_path.glob("*.whl")
+    assert EXTENSION not in wheel_files(file)
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from optimum_sparse.runtime import kernels as k; "
+    code += "print(k.__file__, k.LEVEL, k.MISSING, sep='|')"
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "installed"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    path, level, missing = found.stdout.strip().split("|")
+    assert Path(path).is_relative_to(tmp_path)
+    assert level == "torch" and "install a C compiler" in missing
 
 
 def test_optimum_cli_of_this_environment_shows_the_command(tmp_path: Path):

@@ -50,6 +50,17 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         ],
     ),
     (
+        "Running",
+        "See [Running a pruned model faster](runtime.md).",
+        [
+            ("runtime/sparsify.py", ("sparsify_for_inference",)),
+            ("runtime/report.py", ("RuntimeReport", "LayerChoice")),
+            ("runtime/linear.py", ("SparseLinear", "DenseLinear")),
+            ("runtime/tiles.py", ("Tiles",)),
+            ("runtime/bench.py", ("bench",)),
+        ],
+    ),
+    (
         "Loading and evaluating",
         "",
         [("loading.py", ("load_model",)), ("evaluation.py", ("perplexity", "Perplexity", "wikitext_tokens"))],

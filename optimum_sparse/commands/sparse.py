@@ -2,6 +2,7 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .bench import BenchCommand
 from .inspect import InspectCommand
 from .pack import PackCommand, UnpackCommand
 from .plan import PlanCommand
@@ -12,8 +13,16 @@ from .recover import RecoverCommand
 class SparseCommand(BaseOptimumCLICommand):
     """Shows the help of the commands below it."""
 
-    COMMAND = CommandInfo(name="sparse", help="Prune models, recover them, look at pruned ones and pack them.")
+    COMMAND = CommandInfo(name="sparse", help="Prune models, recover, inspect, pack and measure pruned ones.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, PlanCommand, RecoverCommand, InspectCommand, PackCommand, UnpackCommand)
+        for command in (
+            PruneCommand,
+            PlanCommand,
+            RecoverCommand,
+            InspectCommand,
+            PackCommand,
+            UnpackCommand,
+            BenchCommand,
+        )
     )

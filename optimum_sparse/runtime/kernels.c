@@ -1,0 +1,605 @@
+#include "kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
+/* Columns that `matmat` expands at once: 8 rows of them leave half of the first-level cache to the inputs. */
+#define CHUNK 1024
+
+INLINE float float_of(uint16_t bits)
+{
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* To the nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t bfloat16_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value != value ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE uint32_t load32(const uint8_t *mask)
+{
+    uint32_t bits;
+    memcpy(&bits, mask, sizeof bits);
+    return bits;
+}
+
+/* ------------------------------------------------------------------------------------------------- portable */
+
+typedef float float8 __attribute__((vector_size(32)));
+
+#define DEFINE_PORTABLE_EXPAND(name, value, to_float)                                                                 \
+    INLINE float8 name(const uint8_t *mask, const value *values)                                                      \
+    {                                                                                                                 \
+        float8 weights;                                                                                               \
+        for (int i = 0, k = 0; i < 8; k += *mask >> i & 1, i++)                                                       \
+            weights[i] = *mask >> i & 1 ? to_float(values[k]) : 0;                                                    \
+        return weights;                                                                                               \
+    }
+DEFINE_PORTABLE_EXPAND(portable_expand_bfloat16, uint16_t, float_of)
+DEFINE_PORTABLE_EXPAND(portable_expand_float32, float, )
+
+INLINE float8 portable_load(const float *from)
+{
+    float8 x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void portable_store(float *to, float8 weights) { memcpy(to, &weights, sizeof weights); }
+
+INLINE float8 portable_widen(const uint16_t *from)
+{
+    float8 weights;
+    for (int i = 0; i < 8; i++)
+        weights[i] = float_of(from[i]);
+    return weights;
+}
+
+INLINE float portable_total(float8 s)
+{
+    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+}
+
+#define TARGET
+#define INPUT float
+#define LANES 8
+#define WEIGHTS float8
+#define SUMS float8
+#define POPCOUNT(mask) __builtin_popcount(*(mask))
+#define LOAD portable_load
+#define STORE portable_store
+#define MADD(sums, w, x) ((sums) + (w) * (x))
+#define TOTAL portable_total
+#define TOKENS 2
+
+#define NAME(function) portable_bfloat16_##function
+#define VALUE uint16_t
+#define EXPAND portable_expand_bfloat16
+#define WIDEN portable_widen
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#define NAME(function) portable_float32_##function
+#define VALUE float
+#define EXPAND portable_expand_float32
+#define WIDEN portable_load
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#undef TARGET
+#undef INPUT
+#undef LANES
+#undef WEIGHTS
+#undef SUMS
+#undef POPCOUNT
+#undef LOAD
+#undef STORE
+#undef MADD
+#undef TOTAL
+#undef TOKENS
+
+#if defined(__x86_64__)
+
+/* ----------------------------------------------------------------------------------------------------- AVX2 */
+
+#define TARGET __attribute__((target("avx2,fma,popcnt")))
+
+/* For each byte of a mask, and each of its 8 columns, how many bits are set below it. */
+static uint8_t ranks[256][8];
+
+__attribute__((constructor)) static void fill_ranks(void)
+{
+    for (int mask = 0; mask < 256; mask++)
+        for (int i = 0; i < 8; i++)
+            ranks[mask][i] = __builtin_popcount(mask & ((1 << i) - 1));
+}
+
+/* The values at their columns, and zeros at the others. */
+TARGET INLINE __m256 avx2_spread(const uint8_t *mask, __m256 values)
+{
+    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)ranks[*mask]));
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*mask), bits), bits);
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(values, place), _mm256_castsi256_ps(set));
+}
+
+TARGET INLINE __m256 avx2_widen(const uint16_t *from)
+{
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+TARGET INLINE float avx2_total(__m256 sums)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+#define INPUT float
+#define LANES 8
+#define WEIGHTS __m256
+#define SUMS __m256
+#define POPCOUNT(mask) __builtin_popcount(*(mask))
+#define LOAD _mm256_loadu_ps
+#define STORE _mm256_storeu_ps
+#define MADD(sums, w, x) _mm256_fmadd_ps(w, x, sums)
+#define TOTAL avx2_total
+#define TOKENS 2
+
+#define NAME(function) avx2_bfloat16_##function
+#define VALUE uint16_t
+#define EXPAND(mask, v) avx2_spread(mask, avx2_widen(v))
+#define WIDEN avx2_widen
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#define NAME(function) avx2_float32_##function
+#define VALUE float
+#define EXPAND(mask, v) avx2_spread(mask, _mm256_loadu_ps(v))
+#define WIDEN _mm256_loadu_ps
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#undef TARGET
+#undef INPUT
+#undef LANES
+#undef WEIGHTS
+#undef SUMS
+#undef POPCOUNT
+#undef LOAD
+#undef STORE
+#undef MADD
+#undef TOTAL
+#undef TOKENS
+
+/* -------------------------------------------------------------------------------------------------- AVX-512
+ *
+ * On Zen 5, vpexpand waits for the old content of its destination although it overwrites all of it. With the values
+ * loaded into the destination first there is nothing to wait for. A compiler folds the load into the instruction,
+ * which is three times slower; hence the assembly. Loading a mask from memory keeps the ports of the vectors free.
+ */
+
+#define TARGET __attribute__((target("avx512f,popcnt")))
+
+TARGET INLINE __m512 avx512_spread(const uint8_t *mask, __m512 values)
+{
+    __mmask16 k;
+    __asm__("kmovw %1, %0" : "=Yk"(k) : "m"(*(const uint16_t(*)[1])mask));
+    __asm__("vexpandps %0, %0%{%1%}%{z%}" : "+v"(values) : "Yk"(k));
+    return values;
+}
+
+TARGET INLINE __m512 avx512_widen(const uint16_t *from)
+{
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+TARGET INLINE int avx512_popcount(const uint8_t *mask)
+{
+    uint16_t bits;
+    memcpy(&bits, mask, sizeof bits);
+    return __builtin_popcount(bits);
+}
+
+#define INPUT float
+#define LANES 16
+#define WEIGHTS __m512
+#define SUMS __m512
+#define POPCOUNT avx512_popcount
+#define LOAD _mm512_loadu_ps
+#define STORE _mm512_storeu_ps
+#define MADD(sums, w, x) _mm512_fmadd_ps(w, x, sums)
+#define TOTAL _mm512_reduce_add_ps
+#define TOKENS 4
+
+#define NAME(function) avx512_bfloat16_##function
+#define VALUE uint16_t
+#define EXPAND(mask, v) avx512_spread(mask, avx512_widen(v))
+#define WIDEN avx512_widen
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#define NAME(function) avx512_float32_##function
+#define VALUE float
+#define EXPAND(mask, v) avx512_spread(mask, _mm512_loadu_ps(v))
+#define WIDEN _mm512_loadu_ps
+#include "tiles.h"
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#undef TARGET
+#undef INPUT
+#undef LANES
+#undef WEIGHTS
+#undef POPCOUNT
+#undef LOAD
+#undef STORE
+#undef MADD
+
+/* ------------------------------------------------------------------------------------- AVX-512 VBMI2 and BF16 */
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
+
+TARGET INLINE __m512i avx512_bf16_expand(const uint8_t *mask, const uint16_t *values)
+{
+    __mmask32 k;
+    __m512i weights = _mm512_loadu_si512(values);
+    __asm__("kmovd %1, %0" : "=Yk"(k) : "m"(*(const uint32_t(*)[1])mask));
+    __asm__("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(weights) : "Yk"(k));
+    return weights;
+}
+
+#define INPUT uint16_t
+#define LANES 32
+#define WEIGHTS __m512i
+#define POPCOUNT(mask) __builtin_popcount(load32(mask))
+#define LOAD _mm512_loadu_si512
+#define STORE _mm512_storeu_si512
+#define MADD(sums, w, x) _mm512_dpbf16_ps(sums, (__m512bh)(w), (__m512bh)(x))
+
+#define NAME(function) avx512_bf16_##function
+#define VALUE uint16_t
+#define EXPAND avx512_bf16_expand
+#define WIDEN _mm512_loadu_si512
+#include "tiles.h"
+
+/* The tiles of a full block, for `tiles_unpack`; return the next value. */
+TARGET static const uint16_t *unpack_16_bits(const uint8_t *masks, const uint16_t *values, int64_t num_tiles,
+                                             uint16_t *out, int64_t columns)
+{
+    for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {
+        __builtin_prefetch(masks + 4096);
+        for (int line = 0; line < 256; line += 64)
+            __builtin_prefetch((const char *)values + 8192 + line);
+        UNROLL for (int row = 0; row < TILE_ROWS; row++) {
+            const uint8_t *mask = masks + 4 * row;
+            _mm512_storeu_si512(out + row * columns + tile * TILE_COLUMNS, avx512_bf16_expand(mask, values));
+            values += POPCOUNT(mask);
+        }
+    }
+    return values;
+}
+
+TARGET static const float *unpack_32_bits(const uint8_t *masks, const float *values, int64_t num_tiles,
+                                          float *out, int64_t columns)
+{
+    for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {
+        __builtin_prefetch(masks + 4096);
+        for (int line = 0; line < 512; line += 64)
+            __builtin_prefetch((const char *)values + 8192 + line);
+        UNROLL for (int row = 0; row < TILE_ROWS; row++)
+            for (int j = 0; j < TILE_COLUMNS; j += 16) {
+                const uint8_t *mask = masks + 4 * row + j / 8;
+                float *place = out + row * columns + tile * TILE_COLUMNS + j;
+                _mm512_storeu_ps(place, avx512_spread(mask, _mm512_loadu_ps(values)));
+                values += avx512_popcount(mask);
+            }
+    }
+    return values;
+}
+
+#endif
+
+/* ------------------------------------------------------------------------------------------------- dispatch */
+
+const char *const level_names[NUM_LEVELS] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+int level_supported(enum level level)
+{
+#if defined(__x86_64__)
+    switch (level) {
+    case AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case AVX512:
+        return __builtin_cpu_supports("avx512f");
+    case AVX512_BF16:
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") &&
+               __builtin_cpu_supports("avx512bf16");
+    default:
+        break;
+    }
+#endif
+    return level == PORTABLE;
+}
+
+typedef struct {
+    void (*matvec)(const uint8_t *, const void *, const void *, int64_t, float *);
+    void (*matmat)(const uint8_t *, const void *, const void *, int64_t, int64_t, int64_t, void *, float *, float *);
+    float (*dot)(const void *, const void *, int64_t);
+    int input_size; /* bytes: 2 takes bfloat16 as it is, 4 needs float32 */
+} functions;
+
+#define FUNCTIONS(name, size) {(void *)name##_matvec, (void *)name##_matmat, (void *)name##_dot, size}
+
+static const functions table[NUM_LEVELS][2] = {
+    {FUNCTIONS(portable_bfloat16, 4), FUNCTIONS(portable_float32, 4)},
+#if defined(__x86_64__)
+    {FUNCTIONS(avx2_bfloat16, 4), FUNCTIONS(avx2_float32, 4)},
+    {FUNCTIONS(avx512_bfloat16, 4), FUNCTIONS(avx512_float32, 4)},
+    {FUNCTIONS(avx512_bf16, 2), FUNCTIONS(avx512_float32, 4)},
+#endif
+};
+
+INLINE int64_t up_to_multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+INLINE int value_size(enum type type) { return type == FLOAT32 ? 4 : 2; }
+
+/* Vectors x[tokens, columns], padded with zeros to `stride`, as the functions take them. */
+static void prepare(const void *x, enum type type, int64_t tokens, int64_t columns, int64_t stride, int input_size,
+                    char *out)
+{
+    for (int64_t t = 0; t < tokens; t++, out += stride * input_size) {
+        const int64_t start = t * columns;
+        if (input_size == value_size(type))
+            memcpy(out, (const char *)x + start * input_size, columns * input_size);
+        else
+            for (int64_t j = 0; j < columns; j++)
+                ((float *)out)[j] = float_of(((const uint16_t *)x)[start + j]);
+        memset(out + columns * input_size, 0, (stride - columns) * input_size);
+    }
+}
+
+INLINE void write_output(float value, const void *bias, int64_t row, enum type type, void *out, int64_t place)
+{
+    if (type == FLOAT32)
+        ((float *)out)[place] = value + (bias ? ((const float *)bias)[row] : 0);
+    else
+        ((uint16_t *)out)[place] = bfloat16_of(value + (bias ? float_of(((const uint16_t *)bias)[row]) : 0));
+}
+
+int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t tokens, const void *bias, void *out,
+                 int threads)
+{
+    const functions f = table[level][matrix->type];
+    const int size = value_size(matrix->type);
+    const int64_t num_tiles = (matrix->columns + TILE_COLUMNS - 1) / TILE_COLUMNS, stride = num_tiles * TILE_COLUMNS;
+    const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int direct = f.input_size == size && stride == matrix->columns;
+
+    /* One allocation: the vectors, and for each thread its results, sums and expanded columns. */
+    const int64_t inputs = direct ? 0 : up_to_multiple(tokens * stride * f.input_size, 64);
+    const int64_t results = up_to_multiple(tokens * TILE_ROWS * sizeof(float), 64);
+    const int64_t sums = tokens == 1 ? 0 : up_to_multiple(tokens, 4) * TILE_ROWS * 64;
+    const int64_t expanded = tokens == 1 ? 0 : TILE_ROWS * CHUNK * f.input_size;
+    const int64_t scratch = results + sums + expanded;
+    char *memory = aligned_alloc(64, inputs + threads * scratch);
+    if (memory == NULL)
+        return -1;
+    if (!direct) {
+        prepare(x, matrix->type, tokens, matrix->columns, stride, f.input_size, memory);
+        x = memory;
+    }
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int thread = 0; thread < threads; thread++) {
+        char *own = memory + inputs + thread * scratch;
+        float *result = (float *)own;
+        for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+            const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+            const char *values = (const char *)matrix->values + matrix->offsets[block] * size;
+            const int64_t first = block * TILE_ROWS, rows = MIN(TILE_ROWS, matrix->rows - first);
+            if (tokens == 1)
+                f.matvec(masks, values, x, num_tiles, result);
+            else
+                f.matmat(masks, values, x, stride, tokens, num_tiles, own + results + sums, (float *)(own + results),
+                         result);
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t row = 0; row < rows; row++)
+                    write_output(result[t * TILE_ROWS + row], bias, first + row, matrix->type, out,
+                                 t * matrix->rows + first + row);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+int dense_linear(enum level level, enum type type, const void *weight, int64_t rows, int64_t columns, const void *x,
+                 const void *bias, void *out, int threads)
+{
+    const functions f = table[level][type];
+    const int64_t stride = up_to_multiple(columns, TILE_COLUMNS);
+    char *memory = NULL;
+    if (f.input_size != value_size(type) || stride != columns) {
+        memory = aligned_alloc(64, up_to_multiple(stride * f.input_size, 64));
+        if (memory == NULL)
+            return -1;
+        prepare(x, type, 1, columns, stride, f.input_size, memory);
+        x = memory;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        write_output(f.dot((const char *)weight + row * columns * value_size(type), x, columns), bias, row, type, out,
+                     row);
+    free(memory);
+    return 0;
+}
+
+/* ----------------------------------------------------------------------------------------- packing, unpacking */
+
+/* The same for values of 16 and of 32 bits, which are only moved. */
+#define DEFINE_MOVES(bits, value)                                                                                     \
+    /* Tiles from `first_tile` on, of the first `rows` rows of a block. */                                            \
+    static void unpack_rest_##bits(const uint8_t *masks, const value *values, int64_t first_tile, int64_t num_tiles,  \
+                                   int rows, value *out, int64_t columns)                                             \
+    {                                                                                                                 \
+        for (int64_t tile = first_tile; tile < num_tiles; tile++)                                                     \
+            for (int row = 0; row < rows; row++) {                                                                    \
+                const uint32_t mask = bits_of(masks + (tile * TILE_ROWS + row) * 4);                                  \
+                value *place = out + row * columns + tile * TILE_COLUMNS;                                             \
+                const int width = MIN(TILE_COLUMNS, columns - tile * TILE_COLUMNS);                                   \
+                for (int j = 0; j < width; j++) {                                                                     \
+                    place[j] = mask >> j & 1 ? *values : 0;                                                           \
+                    values += mask >> j & 1;                                                                          \
+                }                                                                                                     \
+            }                                                                                                         \
+    }                                                                                                                 \
+    /* Masks of a block; returns how many values are stored. */                                                       \
+    static int64_t mask_##bits(const value *weight, int64_t columns, int64_t num_tiles, int rows, uint8_t *masks)     \
+    {                                                                                                                 \
+        int64_t count = 0;                                                                                            \
+        for (int64_t tile = 0; tile < num_tiles; tile++)                                                              \
+            for (int row = 0; row < TILE_ROWS; row++, masks += 4) {                                                   \
+                const value *from = weight + row * columns + tile * TILE_COLUMNS;                                     \
+                const int width = row < rows ? MIN(TILE_COLUMNS, columns - tile * TILE_COLUMNS) : 0;                  \
+                uint32_t mask = 0;                                                                                    \
+                for (int j = 0; j < width; j++)                                                                       \
+                    mask |= (uint32_t)(from[j] != 0) << j;                                                            \
+                for (int i = 0; i < 4; i++)                                                                           \
+                    masks[i] = mask >> 8 * i;                                                                         \
+                count += __builtin_popcount(mask);                                                                    \
+            }                                                                                                         \
+        return count;                                                                                                 \
+    }                                                                                                                 \
+    static void fill_##bits(const value *weight, int64_t columns, const uint8_t *masks, int64_t num_tiles,            \
+                            value *values)                                                                            \
+    {                                                                                                                 \
+        for (int64_t tile = 0; tile < num_tiles; tile++)                                                              \
+            for (int row = 0; row < TILE_ROWS; row++, masks += 4)                                                     \
+                for (uint32_t mask = bits_of(masks); mask; mask &= mask - 1)                                          \
+                    *values++ = weight[row * columns + tile * TILE_COLUMNS + __builtin_ctz(mask)];                    \
+    }
+
+INLINE uint32_t bits_of(const uint8_t *mask)
+{
+    return mask[0] | (uint32_t)mask[1] << 8 | (uint32_t)mask[2] << 16 | (uint32_t)mask[3] << 24;
+}
+
+DEFINE_MOVES(16, uint16_t)
+DEFINE_MOVES(32, uint32_t)
+
+void tiles_unpack(enum level level, const tiles *matrix, int64_t first, int64_t last, void *out, int threads)
+{
+    const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const int size = value_size(matrix->type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = first / TILE_ROWS; block < (last + TILE_ROWS - 1) / TILE_ROWS; block++) {
+        const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+        const char *values = (const char *)matrix->values + matrix->offsets[block] * size;
+        char *to = (char *)out + (block * TILE_ROWS - first) * columns * size;
+        const int rows = MIN(TILE_ROWS, last - block * TILE_ROWS);
+        int64_t done = 0;
+#if defined(__x86_64__)
+        if (rows == TILE_ROWS && size == 2 && level == AVX512_BF16) {
+            done = columns / TILE_COLUMNS;
+            values = (const char *)unpack_16_bits(masks, (const void *)values, done, (void *)to, columns);
+        } else if (rows == TILE_ROWS && size == 4 && level >= AVX512) {
+            done = columns / TILE_COLUMNS;
+            values = (const char *)unpack_32_bits(masks, (const void *)values, done, (void *)to, columns);
+        }
+#endif
+        if (size == 2)
+            unpack_rest_16(masks, (const void *)values, done, num_tiles, rows, (void *)to, columns);
+        else
+            unpack_rest_32(masks, (const void *)values, done, num_tiles, rows, (void *)to, columns);
+    }
+}
+
+void tiles_mask(const tiles *matrix, const void *weight, int threads)
+{
+    const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int size = value_size(matrix->type);
+    int64_t *counts = matrix->offsets + 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        const char *from = (const char *)weight + block * TILE_ROWS * columns * size;
+        uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+        const int rows = MIN(TILE_ROWS, matrix->rows - block * TILE_ROWS);
+        counts[block] = size == 2 ? mask_16((const void *)from, columns, num_tiles, rows, masks)
+                                  : mask_32((const void *)from, columns, num_tiles, rows, masks);
+    }
+    matrix->offsets[0] = 0;
+    for (int64_t block = 0; block < blocks; block++)
+        matrix->offsets[block + 1] += matrix->offsets[block];
+}
+
+void tiles_fill(const tiles *matrix, const void *weight, int threads)
+{
+    const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const int size = value_size(matrix->type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < (matrix->rows + TILE_ROWS - 1) / TILE_ROWS; block++) {
+        const char *from = (const char *)weight + block * TILE_ROWS * columns * size;
+        const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+        char *values = (char *)matrix->values + matrix->offsets[block] * size;
+        if (size == 2)
+            fill_16((const void *)from, columns, masks, num_tiles, (void *)values);
+        else
+            fill_32((const void *)from, columns, masks, num_tiles, (void *)values);
+    }
+}
+
+int tiles_check(const tiles *matrix, int64_t num_values, int threads)
+{
+    const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t wrong = matrix->offsets[0] != 0 || matrix->offsets[blocks] != num_values;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : wrong)
+    for (int64_t block = 0; block < blocks; block++) {
+        const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+        uint64_t count = 0;
+        for (int64_t tile = 0; tile < num_tiles; tile++)
+            for (int row = 0; row < TILE_ROWS; row++, masks += 4) {
+                const int64_t width = block * TILE_ROWS + row < matrix->rows ? columns - tile * TILE_COLUMNS : 0;
+                const uint32_t mask = bits_of(masks);
+                count += __builtin_popcount(mask);
+                wrong += width < TILE_COLUMNS && mask >> width != 0;
+            }
+        /* Unsigned: the difference of hostile offsets may not fit. */
+        wrong += (uint64_t)matrix->offsets[block + 1] - (uint64_t)matrix->offsets[block] != count;
+    }
+    return !wrong;
+}

@@ -1,0 +1,160 @@
+"""The operators `optimum_sparse::tiles_linear` and `optimum_sparse::dense_linear`.
+
+They are registered with `torch.library.Library`, whose calls cost half of those of `custom_op`: a small model makes
+hundreds per token. Both have shape functions, so that `torch.compile` takes them for granted, and no derivative: the
+layers use them only where none is asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch.nn import functional as F
+
+from . import kernels, tiles
+
+# Up to here, the kernel is faster than unpacking and the dense product.
+MOST_TOKENS = 96
+# Of a weight, so many bytes are unpacked at once: they stay in the cache until they are multiplied.
+BUFFER_BYTES = 2**23
+
+_LIBRARY = torch.library.Library("optimum_sparse", "DEF")
+_LIBRARY.define(
+    "tiles_linear(Tensor x, Tensor masks, Tensor values, Tensor offsets, Tensor? bias, int rows, int columns)"
+    " -> Tensor"
+)
+_LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+_buffers = threading.local()
+
+
+def _tiles_linear(
+    x: torch.Tensor,
+    masks: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """`F.linear` with the weight whose `Tiles` these are; `x` is `[..., columns]`."""
+    shape = (rows, columns)
+    tiles.check_parts(shape, masks, values, offsets)
+    _check_inputs(x, values, bias, shape)
+    tokens = x.numel() // columns
+    if tokens > MOST_TOKENS or not _has_kernel(x):
+        return _unpack_and_multiply(x, masks, values, offsets, bias, shape)
+    out = x.new_empty(*x.shape[:-1], rows)
+    if tokens:
+        x = x.contiguous()
+        matrix = tiles.arguments(shape, masks, values, offsets)
+        address = 0 if bias is None else bias.data_ptr()
+        kernels.EXTENSION.tiles_linear(
+            *matrix, kernels.number(), x.data_ptr(), tokens, address, out.data_ptr(), kernels.threads()
+        )
+    return out
+
+
+def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear`; faster for a single token."""
+    if weight.ndim != 2 or not weight.is_contiguous():
+        raise ValueError(f"the weight must be [rows, columns] and contiguous, got {tuple(weight.shape)}.")
+    rows, columns = weight.shape
+    _check_inputs(x, weight, bias, (rows, columns))
+    if x.numel() != columns or not _has_kernel(x):
+        return F.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], rows)
+    x = x.contiguous()
+    address = 0 if bias is None else bias.data_ptr()
+    kernels.EXTENSION.dense_linear(
+        rows,
+        columns,
+        weight.data_ptr(),
+        kernels.TYPES[x.dtype],
+        kernels.number(),
+        x.data_ptr(),
+        address,
+        out.data_ptr(),
+        kernels.threads(),
+    )
+    return out
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in kernels.MULTIPLIED and kernels.compiled()
+
+
+def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    if x.shape[-1:] != (columns,):
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight with {columns} columns.")
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(
+            f"the input is {x.dtype} on {x.device}, and the weight {weight.dtype} on {weight.device}: "
+            "both must be the same."
+        )
+    if bias is not None and not (
+        bias.shape == (rows,) and bias.dtype == x.dtype and bias.device == x.device and bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"the bias must be [{rows}] {x.dtype} on {x.device}, "
+            f"got {tuple(bias.shape)} {bias.dtype} on {bias.device}."
+        )
+
+
+def _unpack_and_multiply(
+    x: torch.Tensor,
+    masks: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """For many tokens: dense products with some rows of the weight after others, unpacked into one buffer."""
+    rows, columns = shape
+    step = max(1, BUFFER_BYTES // (columns * values.itemsize * tiles.ROWS)) * tiles.ROWS
+    buffer = _buffer(min(step, rows) * columns, values)
+    out = x.new_empty(*x.shape[:-1], rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        weight = buffer[: (last - first) * columns].view(-1, columns)
+        tiles.unpack(shape, masks, values, offsets, weight, first)
+        out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
+    return out
+
+
+def _buffer(numel: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory for unpacked weights: one for each thread, device and type, as large as the largest needed so far."""
+    kept = _buffers.__dict__
+    key = str((like.device, like.dtype))
+    if key not in kept or kept[key].numel() < numel:
+        kept.pop(key, None)  # before the larger one is made
+        kept[key] = like.new_empty(numel)
+    return kept[key]
+
+
+def _tiles_shape(
+    x: torch.Tensor,
+    masks: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _dense_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("tiles_linear", _tiles_linear, _device)
+    _LIBRARY.impl("dense_linear", _dense_linear, _device)
+torch.library.register_fake("optimum_sparse::tiles_linear", _tiles_shape, lib=_LIBRARY)
+torch.library.register_fake("optimum_sparse::dense_linear", _dense_shape, lib=_LIBRARY)
+
+tiles_linear = torch.ops.optimum_sparse.tiles_linear.default
+dense_linear = torch.ops.optimum_sparse.dense_linear.default

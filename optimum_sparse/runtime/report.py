@@ -1,0 +1,98 @@
+"""`RuntimeReport`: what `sparsify_for_inference` made of each layer, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WAYS = ("torch", "dense", "sparse")
+HEADINGS = ("layers", "count", "shape", "zeros", "now", *(f"µs {way}" for way in WAYS), "bytes")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Layers that differ in their place only: of one shape, type and, within 5 %, one sparsity.
+
+    Attributes:
+        names: Their names, those that differ in an index joined.
+        count: How many they are.
+        shape: `(out_features, in_features)`.
+        dtype: Of the weights.
+        sparsity: The part of their weights that is zero.
+        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`) or `"sparse"` (`SparseLinear`).
+        reason: Why, if nothing was measured.
+        microseconds: Of each way that was measured, for one layer and the batch size asked for.
+        dense_bytes: What their weights took.
+        bytes: What they take now.
+    """
+
+    names: list[str]
+    count: int
+    shape: tuple[int, int]
+    dtype: str
+    sparsity: float
+    choice: str
+    reason: str | None
+    microseconds: dict[str, float]
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """What `sparsify_for_inference` did; `print` shows a table.
+
+    Attributes:
+        batch_size: For how many tokens at once the layers were chosen.
+        kernel: The instructions that the kernels use, or `"torch"` if there are none.
+        missing: Why there are no compiled kernels, if so.
+        threads: How many of them were used.
+        layers: What became of the `nn.Linear` layers.
+        untouched: Other layers with weights, and linear ones that must stay as they are, each with the reason.
+    """
+
+    batch_size: int
+    kernel: str
+    missing: str | None
+    threads: int
+    layers: list[LayerChoice]
+    untouched: dict[str, str]
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the weights of all `layers` took."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """What they take now."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Pure JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [HEADINGS, *(_row(name, layer) for layer in self.layers for name in layer.names)]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [
+            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+            for name, *cells in rows
+        ]
+        lines += ["", f"kernels: {self.kernel}, {self.threads} threads, batch size {self.batch_size}"]
+        if self.missing:
+            lines.append(f"no compiled kernels: {self.missing}")
+        if self.dense_bytes:
+            part = self.bytes / self.dense_bytes
+            lines.append(f"weights of these layers: {self.bytes:,} of {self.dense_bytes:,} bytes ({part:.0%})")
+        reasons = {layer.reason: layer.names for layer in self.layers if layer.reason}
+        lines += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        lines += [f"{name}: {reason}" for name, reason in self.untouched.items()]
+        return "\n".join(lines)
+
+
+def _row(name: str, layer: LayerChoice) -> tuple[str, ...]:
+    times = [f"{layer.microseconds[way]:,.0f}" if way in layer.microseconds else "-" for way in WAYS]
+    rows, columns = layer.shape
+    part = layer.bytes / layer.dense_bytes
+    return (name, str(layer.count), f"{rows}x{columns}", f"{layer.sparsity:.1%}", layer.choice, *times, f"{part:.0%}")

@@ -1,0 +1,305 @@
+"""`sparsify_for_inference`: what it chooses, and that the model computes the same afterwards."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from optimum_sparse import SparsePruner, sparsify_for_inference
+from optimum_sparse.commands.inspect import inspect
+from optimum_sparse.runtime import kernels, sparsify
+
+from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
+from .levels import use_level
+
+
+def prune(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
+    """Set the smallest weights of each linear layer to zero, those of the head excepted."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "head" not in name:
+            weight = module.weight.data
+            threshold = weight.abs().flatten().kthvalue(int(sparsity * weight.numel())).values
+            weight[weight.abs() <= threshold] = 0
+    return model
+
+
+def forms(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
+
+
+def three_layers() -> nn.Module:
+    """One layer without zeros and two with, of which one is of another shape."""
+    model = nn.ModuleDict({"full": nn.Linear(64, 64), "pruned": nn.Linear(64, 64), "wide": nn.Linear(128, 64)})
+    for name in ("pruned", "wide"):
+        model[name].weight.data.view(-1)[::2] = 0
+    return model
+
+
+def give_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[dict[str, list[str]]]:
+    """Let the measurement find these microseconds; returns what was measured, and with how many tokens."""
+    use_level(monkeypatch, "portable")
+    measured = []
+
+    def fake(ways: dict, x: torch.Tensor) -> dict[str, float]:
+        measured.append(({way: [type(layer).__name__ for layer in layers] for way, layers in ways.items()}, len(x)))
+        return {way: times[way] for way in ways}
+
+    monkeypatch.setattr(sparsify, "_times", fake)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("times", "pruned", "full"),
+    [
+        (dict(torch=100, dense=60, sparse=40), "SparseLinear", "DenseLinear"),
+        (dict(torch=100, dense=40, sparse=60), "DenseLinear", "DenseLinear"),
+        (dict(torch=40, dense=60, sparse=60), "Linear", "Linear"),
+        (dict(torch=100, dense=99, sparse=99), "Linear", "Linear"),  # ties
+        (dict(torch=100, dense=50, sparse=49.5), "DenseLinear", "DenseLinear"),
+    ],
+)
+def test_each_layer_keeps_its_fastest_form(monkeypatch: pytest.MonkeyPatch, times: dict, pruned: str, full: str):
+    measured = give_times(monkeypatch, **times)
+    model = three_layers()
+    report = sparsify_for_inference(model)
+    assert forms(model) == {"full": full, "pruned": pruned, "wide": pruned}
+    assert measured == [
+        ({"torch": ["Linear"], "dense": ["DenseLinear"]}, 1),
+        ({"torch": ["Linear"], "dense": ["DenseLinear"], "sparse": ["SparseLinear"]}, 1),
+        ({"torch": ["Linear"], "dense": ["DenseLinear"], "sparse": ["SparseLinear"]}, 1),
+    ]
+    assert [layer.names for layer in report.layers] == [["full"], ["pruned"], ["wide"]]
+    assert report.layers[1].microseconds == times and report.layers[1].sparsity == 0.5
+
+
+def test_larger_batches_are_measured_with_as_many_tokens(monkeypatch: pytest.MonkeyPatch):
+    measured = give_times(monkeypatch, torch=100, sparse=50)
+    model = three_layers()
+    report = sparsify_for_inference(model, batch_size=4)
+    assert forms(model) == {"full": "Linear", "pruned": "SparseLinear", "wide": "SparseLinear"}
+    assert measured == [({"torch": ["Linear"], "sparse": ["SparseLinear"]}, 4)] * 2
+    assert report.layers[0].reason == "not timed: it has too few zeros to become smaller"
+
+
+def test_times_are_medians_of_one_layer_measured_in_turn(monkeypatch: pytest.MonkeyPatch):
+    ways = {"one": [nn.Identity()], "two": [nn.Identity(), nn.Identity()]}
+    order, x = [], torch.ones(3, 4)
+
+    def seconds(layers: list[nn.Module], inputs: torch.Tensor) -> float:
+        assert inputs is x
+        order.append(len(layers))
+        return 1e-6 * (len(order) if len(layers) == 1 else 1000)  # one: 1, 4, 5, 8, 9, ...
+
+    monkeypatch.setattr(sparsify, "_seconds", seconds)
+    monkeypatch.setattr(sparsify, "SECONDS", 0)
+    times = sparsify._times(ways, x)
+    assert order == [1, 2, 2, 1] * 3 + [1, 2]  # seven rounds
+    assert times == {"one": pytest.approx(8), "two": pytest.approx(500)}
+
+
+def test_measurement_runs_every_layer():
+    calls = []
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(torch.is_inference_mode_enabled())
+            return x
+
+    assert sparsify._times({"torch": [Layer(), Layer()]}, torch.ones(1, 4))["torch"] > 0
+    assert len(calls) >= 2 * sparsify.LEAST_ROUNDS and all(calls)
+
+
+def test_memory_packs_all_that_become_smaller():
+    model = three_layers()
+    report = sparsify_for_inference(model, prefer="memory")
+    assert forms(model) == {"full": "Linear", "pruned": "SparseLinear", "wide": "SparseLinear"}
+    assert report.layers[0].reason == "not packed: it has too few zeros to become smaller"
+    assert report.bytes == 64 * 64 * 4 + sum(model[name].tiles.nbytes for name in ("pruned", "wide"))
+    assert report.dense_bytes == 64 * (64 + 64 + 128) * 4
+
+
+def test_without_kernels_nothing_is_slower_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch):
+    use_level(monkeypatch, "torch")
+    monkeypatch.setattr(kernels, "MISSING", "no compiler")
+    model = three_layers()
+    report = sparsify_for_inference(model)
+    assert set(forms(model).values()) == {"Linear"}
+    assert "no compiled kernels: no compiler" in str(report)
+    assert all("there are no compiled kernels" in layer.reason for layer in report.layers)
+    sparsify_for_inference(model, prefer="memory")
+    assert "SparseLinear" in forms(model).values()
+
+
+def test_what_cannot_be_replaced_is_named():
+    class Other(nn.Linear):
+        pass
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.scale = nn.Parameter(torch.ones(2, 4, 4)), nn.Parameter(torch.ones(4))
+
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(128, 64),
+            "head": nn.Linear(64, 128, bias=False),
+            "hooked": nn.Linear(64, 64),
+            "other": Other(64, 64),
+            "conv": Conv1D(64, 64),
+            "experts": Experts(),
+            "meta": nn.Linear(64, 64, device="meta"),
+            "float64": nn.Linear(64, 64, dtype=torch.float64),
+            "blocks": nn.ModuleList(Other(64, 64) for _ in range(3)),
+        }
+    )
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data.view(-1)[::2] = 0
+    model["head"].weight = model["embedding"].weight
+    model["hooked"].register_forward_hook(lambda *_: None)
+    before = forms(model)
+    report = sparsify_for_inference(model, prefer="memory")
+    assert forms(model) == before
+    assert {layer.names[0]: layer.reason for layer in report.layers} == {
+        "head": "not packed: another layer uses the same weight",
+        "float64": "not packed: there is no packed form for torch.float64",
+    }
+    assert report.untouched == {
+        "hooked": "stays as it is: it has forward hooks",
+        "other": "stays as it is: only nn.Linear is replaced, and it is a Other",
+        "conv": "stays as it is: only nn.Linear is replaced, and it is a Conv1D",
+        "experts.up_proj": "stays as it is: only nn.Linear is replaced, and it is a Experts",
+        "meta": "stays as it is: there are no kernels for meta",
+        "blocks.{0-2}": "stays as it is: only nn.Linear is replaced, and it is a Other",
+    }
+
+
+def test_a_second_call_leaves_the_layers_alone():
+    model = three_layers()
+    sparsify_for_inference(model, prefer="memory")
+    packed = model["pruned"]
+    sparsify_for_inference(model, prefer="memory")
+    assert model["pruned"] is packed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(model="llama"), TypeError, "must be a torch.nn.Module, got str"),
+        (dict(model=nn.Linear(4, 4)), TypeError, "cannot be replaced in place: SparseLinear.from_linear"),
+        (dict(batch_size=0), ValueError, "at least 1, got 0"),
+        (dict(batch_size=True), ValueError, "at least 1, got True"),
+        (dict(batch_size=1.5), ValueError, "at least 1, got 1.5"),
+        (dict(prefer="size"), ValueError, "one of speed, memory, got 'size'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments: dict, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        sparsify_for_inference(**(dict(model=nn.Sequential()) | arguments))
+
+
+def test_report_is_json_and_a_table():
+    report = sparsify_for_inference(three_layers())
+    assert json.loads(json.dumps(report.to_dict()))["layers"][1]["names"] == ["pruned"]
+    lines = str(report).splitlines()
+    assert lines[0].split()[:4] == ["layers", "count", "shape", "zeros"]
+    assert lines[2].split()[:4] == ["pruned", "1", "64x64", "50.0%"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_those_of_the_dense_model(architecture: str):
+    """In float32 to 1e-4 of the largest logit: sums in another order, through all layers."""
+    dense = prune(tiny_model(architecture))
+    model = copy.deepcopy(dense)
+    report = sparsify_for_inference(model, prefer="memory")
+    packed = sum(layer.count for layer in report.layers if layer.choice == "sparse")
+    assert packed > 0 or architecture in ("gpt2", "falcon")  # these have no nn.Linear but the head
+    (batch,) = tiny_batches(num=1)
+    with torch.no_grad():
+        for inputs in (batch, {"input_ids": batch["input_ids"][:1, :1]}):
+            expected = dense(**inputs).logits
+            error = (model(**inputs).logits - expected).abs().max()
+            assert error <= 1e-4 * expected.abs().max()
+
+
+def test_generates_the_same_and_compiles():
+    dense = prune(tiny_model("llama"))
+    model = copy.deepcopy(dense)
+    sparsify_for_inference(model, prefer="memory")
+    (batch,) = tiny_batches(num=1)
+    settings = dict(max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(**batch, **settings), dense.generate(**batch, **settings))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(**batch, use_cache=False).logits, dense(**batch).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saves_an_ordinary_checkpoint(tied: bool, tmp_path):
+    dense = prune(tiny_model("llama", tie_word_embeddings=tied))
+    model = copy.deepcopy(dense)
+    sparsify_for_inference(model, prefer="memory")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "SparseLinear" in forms(model).values() and "SparseLinear" not in forms(loaded).values()
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+def test_pruner_saves_it_with_true_metadata(tmp_path):
+    model, pruner = tiny_model("llama"), SparsePruner(method="magnitude", sparsity=0.5)
+    pruner.prune(model)
+    sparsify_for_inference(model, prefer="memory")
+    pruner.save(model, tmp_path)
+    found = inspect(str(tmp_path))
+    assert found["metadata_is_true"] and found["pruned_zeros"] == found["pruned_weights"] // 2 > 0
+
+
+def test_memory_of_dense_weights_is_given_back():
+    model = three_layers()
+    storage = model["pruned"].weight.untyped_storage()._weak_ref()
+    report = sparsify_for_inference(model, prefer="memory")
+    del report
+    assert torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not show what is mapped")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_checkpoint_does_not_stay_in_memory(tied: bool, tmp_path):
+    prune(tiny_model("llama", tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=8, do_sample=False)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    sparsify_for_inference(model, prefer="memory")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(
+        model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=8, do_sample=False), expected
+    )
+
+
+@pytest.mark.slow
+def test_smollm2_generates_the_same_64_tokens(smollm2_gguf):
+    """Float32, half of the weights zero: greedy generation with a cache, and its logits."""
+    from optimum_sparse.loading import load_model
+
+    dense, tokenizer = load_model(str(smollm2_gguf), dtype="float32")
+    prune(dense)
+    model = copy.deepcopy(dense)
+    report = sparsify_for_inference(model, prefer="memory")
+    assert report.bytes < 0.7 * report.dense_bytes
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    settings = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    assert torch.equal(model.generate(**tokens, **settings), dense.generate(**tokens, **settings))
+    with torch.no_grad():
+        expected = dense(**tokens).logits
+        assert (model(**tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
