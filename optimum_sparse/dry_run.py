@@ -105,7 +105,8 @@ def outline(build: Callable[[], nn.Module], config: SparseConfig) -> Outline:
 def _outline(model: nn.Module, config: SparseConfig) -> Outline:
     blocks = find_blocks(model)
     watched = Watched({weight.parameter: weight.value for weight in find_weights(model)})
-    batch = {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)}
+    tokens = min(PROBE_TOKENS, longest_input(model) or PROBE_TOKENS)
+    batch = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
     seen, notes, footprint = None, [], Footprint(0, 0, 0)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation(EXPERTS)
@@ -115,7 +116,7 @@ def _outline(model: nn.Module, config: SparseConfig) -> Outline:
 
     try:
         seen = trace(forward, [batch], model, watched, blocks)
-        footprint = measure(forward, batch, PROBE_TOKENS, watched, model, blocks)
+        footprint = measure(forward, batch, tokens, watched, model, blocks)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         seen = None
         notes.append(
@@ -272,11 +273,15 @@ def measured_rates(memory: int, size: int = 2048) -> Rates:
 def _experts(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """One expert of a module on its part of the tokens, if they are routed evenly; the others are like it."""
     up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    # Also what holds the result and the choice of each token, as in Transformers' own loop over experts.
+    result = torch.zeros_like(hidden_states)
+    chosen = nn.functional.one_hot(top_k_index, num_classes=len(up)).permute(2, 1, 0)
     inner = hidden_states[: max(1, top_k_index.numel() // len(up))].clone()
     inner = _product(inner, up[0], self.is_transposed)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     _product(inner, down[0], self.is_transposed)
-    return torch.empty_like(hidden_states)
+    del chosen
+    return result
 
 
 def _product(inputs: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

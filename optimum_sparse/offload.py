@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -176,6 +177,7 @@ class Residency:
         self._model = model
         self._watched = watched
         self._forwards = 1
+        self._first: _Unit | None = None  # where forwards begin
         self._last: _Unit | None = None
         self._units: dict[str, _Unit] = {}
         self._by_name: dict[str, tuple[_Unit, _Offloaded]] = {}
@@ -285,7 +287,8 @@ class Residency:
             for other in self._units.values():
                 if other is not unit and not other.inside and not other.held:
                     self._evict(other)
-            if self._last is not None:
+            self._first = self._first or unit
+            if self._last is not None and unit is not self._first:
                 self._last.following = unit
         self._bring_in(unit)
         unit.inside += 1
@@ -395,15 +398,16 @@ def tie_offloaded(model: nn.Module) -> None:
 def savable(model: nn.Module) -> Iterator[None]:
     """In the body, `save_pretrained` of a model takes offloaded weights from where they are kept, shard by shard."""
     tie_offloaded(model)
-    if not offloaded_places(model) or hasattr(model, "hf_device_map"):
-        yield
-        return
-    # What was offloaded without a device map would not be noticed.
-    model.hf_device_map = {"": "disk"}  # type: ignore[assignment]
+    unnoticed = bool(offloaded_places(model)) and not hasattr(model, "hf_device_map")
+    if unnoticed:  # it was offloaded without a device map
+        model.hf_device_map = {"": "disk"}  # type: ignore[assignment]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            yield
     finally:
-        del model.hf_device_map
+        if unnoticed:
+            del model.hf_device_map
 
 
 def value_of(module: nn.Module, name: str) -> torch.Tensor:

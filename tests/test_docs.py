@@ -137,6 +137,12 @@ def test_architectures_runs():
     assert "model.vision_tower.*" in names["pruner"].config.targets
 
 
+def test_scale_runs(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "scale.md")
+    assert names["pruner"].report.sparsity == 0.5
+    assert (workplace / "progress" / "run.json").is_file() and (workplace / "pruned" / "config.json").is_file()
+
+
 def test_packing_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "packing.md")
     assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
