@@ -92,7 +92,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("patterns.py", ("Unstructured", "NM", "parse_pattern", "num_pruned", "keep_mask", "keep_all_but")),
             ("methods/refine.py", ("refine",)),
             ("statistics.py", ("Statistics", "NormStatistics", "GramStatistics")),
-            ("methods/hessian.py", ("damped_hessian", "reversed_cholesky")),
+            ("methods/hessian.py", ("reversed_cholesky",)),
         ],
     ),
     (
@@ -103,6 +103,17 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("trace.py", ("Trace", "trace")),
             ("matrices.py", ("PrunableMatrix", "find_matrices", "find_blocks")),
             ("lockstep.py", ("Lockstep", "Call")),
+        ],
+    ),
+    (
+        "Scale",
+        "See [Scale](scale.md).",
+        [
+            ("plan.py", ("Plan", "Workload", "GroupShape", "Footprint", "make_plan", "measure")),
+            ("dry_run.py", ("outline", "Outline", "phases", "Rates")),
+            ("offload.py", ("Residency",)),
+            ("spill.py", ("Activations",)),
+            ("resume.py", ("Steps", "remove_progress")),
         ],
     ),
 ]

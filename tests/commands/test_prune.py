@@ -286,7 +286,7 @@ def test_the_traceback_of_an_error_is_logged(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_interruption(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SparsePruner, "prune", interrupted)
@@ -296,6 +296,6 @@ def test_interruption(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_bug_is_not_taken_for_a_user_error(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(SparsePruner, "prune", lambda *_: {}["bug"])
+    monkeypatch.setattr(SparsePruner, "prune", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         sparse("prune", dense, tmp_path / "out")
