@@ -988,7 +988,6 @@ def test_seqlen_longer_than_the_model_supports(llama):
         ("cpu", 64, None, [32, 32, 6]),
         ("cpu", 100, None, [20, 20, 20, 10]),
         ("cpu", 3000, None, [1] * 3),
-        ("meta", 64, None, [32, 32, 6]),  # offloaded
         ("cuda", 128, None, [70]),
         ("cuda", 3000, None, [3]),
         ("cuda", 6000, None, [2, 1]),
@@ -998,7 +997,7 @@ def test_seqlen_longer_than_the_model_supports(llama):
 )
 def test_batch_size(monkeypatch, device, seqlen, batch_size, expected):
     model = tiny_model(max_position_embeddings=8192)
-    monkeypatch.setattr("optimum_sparse.calibration._device_type", lambda model: device)
+    monkeypatch.setattr("optimum_sparse.calibration.execution_device", lambda model: torch.device(device))
     total = sum(expected)
     calibration = load(
         [words([7] * (seqlen * total))], model=model, seqlen=seqlen, batch_size=batch_size, num_samples=total

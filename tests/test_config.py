@@ -12,7 +12,7 @@ def test_defaults_are_those_of_the_documentation():
     config = SparseConfig()
     assert (config.method, config.sparsity, config.pattern) == ("sparsegpt", 0.5, None)
     assert (config.num_samples, config.block_size, config.dampening_frac) == (128, 128, 0.01)
-    assert config.ignore == ("lm_head",) and config.true_sequential and config.pack_documents
+    assert config.ignore == ("lm_head",) and config.true_sequential is None and config.pack_documents
 
 
 def test_method_names_are_those_of_the_methods():

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -663,7 +664,7 @@ def test_errors_of_the_method_close_all_forwards(monkeypatch, true_sequential):
             raise Failure("as it is")
         return solve_for_real(*args, **kwargs)
 
-    monkeypatch.setitem(METHODS, "sparsegpt", type(METHODS["sparsegpt"])(fail_late, METHODS["sparsegpt"].statistics))
+    monkeypatch.setitem(METHODS, "sparsegpt", replace(METHODS["sparsegpt"], solve=fail_late))
     with pytest.raises(Failure, match="as it is"):
         prune(model, tiny_batches(), config_for(true_sequential))
     assert_nothing_left_behind(model)
