@@ -18,19 +18,18 @@ from . import metadata
 from .calibration import load_calibration
 from .checkpoint import convert
 from .config import SparseConfig
+from .depth import DepthError
 from .estimate import parse_size, peak_memory
-from .matrices import find_matrices
+from .matrices import find_blocks, find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
-from .report import SparsityReport
+from .report import REPORT_FILE, SparsityReport, take_pictures
 from .run import PruningRun
 from .saving import check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 
 Model = TypeVar("Model", bound=nn.Module)
-
-REPORT_FILE = "sparsity_report.json"
 
 
 class SparsePruner:
@@ -126,14 +125,22 @@ class SparsePruner:
             folder = None if resume_from is None else Path(resume_from)
             limit = None if max_memory is None else parse_size(max_memory)
             run = PruningRun(model, self.config, report, progress, batches, activation_device, folder, limit)
-            matrices = run.prune()
+            # Of a model that is offloaded, one more forward would read all of it once more.
+            depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
+            with depth.watching():
+                matrices = run.prune()
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
+            report.memory = {} if run.plan is None else {what: size for what, size in run.plan.memory.items() if size}
+            report.depth_error = depth.measure() if report.calibration else {}
+            report.pictures = take_pictures(matrices)
+            report.command, report.versions = _code(report.config), metadata.versions()
             if isinstance(model, PreTrainedModel):
                 model.config.sparsity_config = metadata.sparsity_config(
                     model, run.config, matrices, report.calibration
                 )
+                report.model = model.config.sparsity_config["base_model"]
             progress.say(report.table())
         return model
 
@@ -175,6 +182,10 @@ class SparsePruner:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if self.report is not None:
+                self.report.sizes = {
+                    "dense": sum(p.numel() * p.element_size() for p in model.parameters()),
+                    "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                }
                 self.report.to_json(folder / REPORT_FILE)
 
     def push_to_hub(
@@ -256,6 +267,17 @@ def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(implementation)
+
+
+def _code(options: Mapping[str, Any]) -> str:
+    """The Python code that prunes with these options of `SparseConfig`."""
+    default = SparseConfig().to_dict()
+    given = [f"{name}={value!r}" for name, value in options.items() if value != default[name]]
+    return (
+        "from optimum_sparse import SparsePruner\n\n"
+        f"pruner = SparsePruner({', '.join(given)})\n"
+        "pruner.prune(model, tokenizer)"
+    )
 
 
 def _dummy_batch(model: nn.Module) -> dict[str, Any]:

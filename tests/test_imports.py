@@ -44,6 +44,7 @@ ORDER = [
     "solver",
     "resume",
     "run",
+    "depth",
     "integrations.hub",
     "pruner",
     "dry_run",

@@ -1,5 +1,6 @@
-"""What pruning did to a model: a record as JSON and as a table."""
+"""What pruning did to a model and what was measured of it: as JSON, as a table, as a page."""
 
-from .record import MatrixReport, SparsityReport
+from .pictures import Picture, take_pictures
+from .record import REPORT_FILE, MatrixReport, SparsityReport
 
-__all__ = ["MatrixReport", "SparsityReport"]
+__all__ = ["REPORT_FILE", "MatrixReport", "Picture", "SparsityReport", "take_pictures"]

@@ -1,6 +1,5 @@
 """`optimum-cli sparse bench`: what it measures is measured, and mistakes are one line."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -103,10 +102,7 @@ def test_models_that_do_not_generate(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_plot(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture, suffix: str):
+def test_plot(pruned: Path, tmp_path: Path, suffix: str):
     file = tmp_path / f"figure.{suffix}"
-    code = sparse("bench", pruned, "--batch-sizes", 1, "--plot", file, *FEW)
-    if importlib.util.find_spec("matplotlib") is None:
-        assert code == 2 and "pip install 'optimum-sparse[plot]'" in capsys.readouterr().err
-    else:
-        assert code == 0 and file.stat().st_size > 1000
+    assert sparse("bench", pruned, "--batch-sizes", 1, "--plot", file, *FEW) == 0
+    assert file.stat().st_size > 1000
