@@ -135,7 +135,8 @@ class SparsePruner:
             report.memory = {} if run.plan is None else {what: size for what, size in run.plan.memory.items() if size}
             report.depth_error = depth.measure() if report.calibration else {}
             report.pictures = take_pictures(matrices)
-            report.command, report.versions = _code(report.config), metadata.versions()
+            report.command = _code(report.config, given=dataset is not None)
+            report.versions = metadata.versions()
             if isinstance(model, PreTrainedModel):
                 model.config.sparsity_config = metadata.sparsity_config(
                     model, run.config, matrices, report.calibration
@@ -212,7 +213,7 @@ class SparsePruner:
         Returns:
             URL of the commit.
         """
-        from .integrations.hub import model_card, push_folder
+        from .integrations.hub import model_card, push_folder, save_card
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
@@ -224,7 +225,7 @@ class SparsePruner:
                 "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
                 compressed,
             )
-            card.save(Path(folder, "README.md"))
+            save_card(card, folder, self.report)
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,14 +270,18 @@ def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
         model.set_experts_implementation(implementation)
 
 
-def _code(options: Mapping[str, Any]) -> str:
-    """The Python code that prunes with these options of `SparseConfig`."""
+def _code(options: Mapping[str, Any], given: bool) -> str:
+    """The Python code that prunes with these options of `SparseConfig`, and with data given to `prune` or not."""
     default = SparseConfig().to_dict()
-    given = [f"{name}={value!r}" for name, value in options.items() if value != default[name]]
+    texts = [
+        f"{name}={value!r}"
+        for name, value in options.items()
+        if value != default[name] and not (given and name == "dataset")
+    ]
     return (
         "from optimum_sparse import SparsePruner\n\n"
-        f"pruner = SparsePruner({', '.join(given)})\n"
-        "pruner.prune(model, tokenizer)"
+        f"pruner = SparsePruner({', '.join(texts)})\n"
+        f"pruner.prune(model, tokenizer{', dataset' if given else ''})"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import tempfile
 from argparse import (
@@ -90,6 +92,12 @@ class PruneCommand(BaseOptimumCLICommand):
         )
         output = parser.add_argument_group("output")
         output.add_argument("--report", metavar="FILE.json", help="write what was done to each matrix to a file")
+        output.add_argument(
+            "--html",
+            action=BooleanOptionalAction,
+            default=True,
+            help="write what was done as a page to look at, too: OUT/sparsity_report.html (default: yes)",
+        )
         output.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the result too, with a model card")
 
     def run(self) -> None:
@@ -129,6 +137,7 @@ def prune(args: Namespace) -> None:
 
     from ..estimate import parse_size
     from ..pruner import SparsePruner
+    from ..report import PAGE_FILE
     from ..resume import remove_progress
 
     offload = output.with_name(f"{output.name}.offload")
@@ -145,6 +154,8 @@ def prune(args: Namespace) -> None:
             activation_device=args.activation_device,
             max_memory=limit,
         )
+        assert pruner.report is not None
+        pruner.report.command = command_line(args, config, pruner.report.config["dataset"])
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
     finally:
@@ -152,8 +163,10 @@ def prune(args: Namespace) -> None:
     if progress is not None:
         remove_progress(progress)
     print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+    if args.html:
+        pruner.report.to_html(output / PAGE_FILE)
+        print(f"To look at: {output / PAGE_FILE}")
     if args.report:
-        assert pruner.report is not None
         Path(args.report).parent.mkdir(parents=True, exist_ok=True)
         pruner.report.to_json(args.report)
         print(f"Report: {args.report}")
@@ -188,6 +201,36 @@ def build_config(args: Namespace) -> SparseConfig:
     if "sparsity" in given or "pattern" in given:
         from_file = {name: value for name, value in from_file.items() if name not in ("sparsity", "pattern")}
     return SparseConfig.from_dict({**from_file, **given})
+
+
+def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:
+    """The command that does the same again, without the folders of this machine, which are nobody's business.
+
+    Args:
+        args: As parsed.
+        config: What `build_config` made of them.
+        dataset: A name of the calibration data that can be published.
+    """
+    model, output = (Path(path).name if os.path.exists(path) else path for path in (args.model, args.output))
+    words = ["optimum-cli", "sparse", "prune", model, Path(output).name]
+    for field in fields(SparseConfig):
+        value = dataset if field.name == "dataset" else getattr(config, field.name)
+        if value != field.default:
+            words += _words(field.name, value)
+    for name in ("dtype", "device", "max_memory", "activation_device"):
+        if getattr(args, name) not in ("auto", None):
+            words += _words(name, getattr(args, name))
+    return shlex.join(words)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option and its value on a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if name == "overrides":
+        return ["--override", *(f"{o['match']}={o['pattern'] if 'pattern' in o else o['sparsity']}" for o in value)]
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -1,6 +1,16 @@
 """What pruning did to a model and what was measured of it: as JSON, as a table, as a page."""
 
+from .files import PAGE_FILE, REPORT_FILE, read_report, write_report
 from .pictures import Picture, take_pictures
-from .record import REPORT_FILE, MatrixReport, SparsityReport
+from .record import MatrixReport, SparsityReport
 
-__all__ = ["REPORT_FILE", "MatrixReport", "Picture", "SparsityReport", "take_pictures"]
+__all__ = [
+    "PAGE_FILE",
+    "REPORT_FILE",
+    "MatrixReport",
+    "Picture",
+    "SparsityReport",
+    "read_report",
+    "take_pictures",
+    "write_report",
+]

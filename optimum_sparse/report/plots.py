@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from .record import SparsityReport
+from .summary import by_place, errors_of, sparsity_of
 
 # Colours that stand for variables of the page's style sheet, which has them in light and in dark.
 NAMES = ("ink", "muted", "rule", "surface", "accent", "second", *(f"heat{level}" for level in range(9)))
@@ -131,6 +135,29 @@ def scatter(points: Mapping[str, tuple[float, float]], best: Sequence[str], labe
     axes.set_ylabel(axis[1])
     axes.grid(color=COLOURS["rule"], linewidth=0.8)
     return _svg(figure, label, texts)
+
+
+@matplotlib.rc_context({**STYLE, "savefig.dpi": 120})
+def overview(report: SparsityReport) -> bytes:
+    """The error of each kind of matrix over the blocks as PNG, for where SVG is not shown; zeros if there is none."""
+    places = by_place(report.matrices)
+    found = {place: errors_of(members) for place, members in places.items()}
+    values = {place: 100 * math.fsum(errors) / len(errors) for place, errors in found.items() if errors}
+    name = "error of the outputs, %" if values else "zeros, %"
+    values = values or {place: 100 * sparsity_of(members) for place, members in places.items()}
+    columns, rows = (list(dict.fromkeys(place[i] for place in values)) for i in (0, 1))
+    grid = [[values.get((column, row), math.nan) for column in columns] for row in rows]
+    figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label=name)
+    axes.set_yticks(range(len(rows)), [_end(row) for row in rows])
+    step = -(-len(columns) // 24)
+    axes.set_xticks(range(0, len(columns), step), [_number_of(column) for column in columns[::step]])
+    axes.set_xlabel("block")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

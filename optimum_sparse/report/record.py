@@ -16,8 +16,6 @@ from .pictures import Picture
 # Version of the JSON form. It rises when a reader of the older form would misread the new one.
 SCHEMA = 1
 Record = TypeVar("Record")
-# What it is called beside a model.
-REPORT_FILE = "sparsity_report.json"
 
 
 @dataclass(frozen=True)
