@@ -18,6 +18,7 @@ from . import metadata
 from .calibration import load_calibration
 from .checkpoint import convert
 from .config import SparseConfig
+from .distributed import Processes
 from .estimate import parse_size, peak_memory
 from .matrices import find_matrices
 from .methods import statistics_for
@@ -84,6 +85,9 @@ class SparsePruner:
         Weights that Accelerate offloads (`device_map`, `cpu_offload`, `disk_offload`) come in for one block at a time.
         Pruned ones go back to memory, or to new files in the offload folder; the source is never written to.
 
+        Of several processes, started by `accelerate launch` or `torchrun`, each calls this with the whole model and
+        the same arguments. They share out the calibration data and the rows to solve, and all have the result.
+
         Args:
             model: A model in evaluation mode, of Transformers or any other `nn.Module`.
             tokenizer: Its tokenizer, needed if the calibration data is text; or its processor.
@@ -112,7 +116,9 @@ class SparsePruner:
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
         started = time.perf_counter()
-        with torch.no_grad(), _one_expert_at_a_time(model), Progress(self.progress, self.config) as progress:
+        processes = Processes()
+        shown = self.progress and processes.is_main
+        with torch.no_grad(), _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:
@@ -125,7 +131,9 @@ class SparsePruner:
                 report.seconds["calibration data"] = time.perf_counter() - started
             folder = None if resume_from is None else Path(resume_from)
             limit = None if max_memory is None else parse_size(max_memory)
-            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder, limit)
+            run = PruningRun(
+                model, self.config, report, progress, processes, batches, activation_device, folder, limit
+            )
             matrices = run.prune()
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
@@ -148,7 +156,7 @@ class SparsePruner:
         """Write a plain dense checkpoint, with zeros, that loads everywhere, or a packed one, without them.
 
         `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
-        of them are complete.
+        of them are complete. Of several processes the main one writes, and the others wait for it.
 
         Args:
             model: The pruned model.
@@ -163,6 +171,19 @@ class SparsePruner:
                 that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
+        processes = Processes()
+        if processes.is_main:
+            self._write(model, directory, tokenizer, max_shard_size, compressed)
+        processes.wait()
+
+    def _write(
+        self,
+        model: PreTrainedModel,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_shard_size: int | str,
+        compressed: bool,
+    ) -> None:
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
         with replace_folder(directory) as folder, savable(model):
@@ -187,7 +208,7 @@ class SparsePruner:
         commit_message: str | None = None,
         compressed: bool = False,
     ) -> str:
-        """Upload weights, tokenizer, report and model card in one commit.
+        """Upload weights, tokenizer, report and model card in one commit, from the main process if there are several.
 
         Args:
             model: The pruned model.
@@ -199,22 +220,26 @@ class SparsePruner:
             compressed: As of `save`.
 
         Returns:
-            URL of the commit.
+            URL of the commit; empty in the other processes.
         """
         from .integrations.hub import model_card, push_folder
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(model, folder, tokenizer, compressed=compressed)
-            name = type(model).__name__
-            card = model_card(
-                model.config.sparsity_config,
-                self.report,
-                repo_id,
-                "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
-                compressed,
-            )
-            card.save(Path(folder, "README.md"))
-            return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+        processes, url = Processes(), ""
+        if processes.is_main:
+            with tempfile.TemporaryDirectory() as folder:
+                self._write(model, folder, tokenizer, "5GB", compressed)
+                name = type(model).__name__
+                card = model_card(
+                    model.config.sparsity_config,
+                    self.report,
+                    repo_id,
+                    "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
+                    compressed,
+                )
+                card.save(Path(folder, "README.md"))
+                url = push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
+        processes.wait()
+        return url
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as pure JSON."""

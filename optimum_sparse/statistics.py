@@ -8,6 +8,8 @@ from typing import Self
 
 import torch
 
+from .distributed import Processes
+
 # Columns per panel of the Gram matrix: only panels on and above the diagonal are computed, which halves the work,
 # and 256 columns are wide enough for the matrix product to run at full speed.
 PANEL = 256
@@ -54,6 +56,11 @@ class Statistics(ABC):
         Args:
             weight: `[rows, in_features]` fp32.
         """
+
+    def add_up(self, processes: Processes) -> None:
+        """Make them those of the tokens of all processes."""
+        processes.sum_(self._sums)
+        (self.num_tokens,) = processes.totals(self.num_tokens)
 
     def blended(self, layer: Self, share: float) -> Self:
         """The statistics of an expert with few tokens, shrunk towards those of its whole layer.
@@ -124,6 +131,11 @@ class GramStatistics(Statistics):
         for start in range(0, inputs.shape[1], PANEL):
             panel = inputs[:, start : start + PANEL]
             self._sums[start : start + PANEL, start:].addmm_(panel.T, inputs[:, start:])
+
+    def add_up(self, processes: Processes) -> None:
+        """As in `Statistics`."""
+        super().add_up(processes)
+        vars(self).pop("gram", None)
 
     @cached_property
     def gram(self) -> torch.Tensor:

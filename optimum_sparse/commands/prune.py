@@ -25,6 +25,8 @@ from . import user_errors
 if TYPE_CHECKING:
     import torch
 
+    from ..pruner import SparsePruner
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
@@ -125,12 +127,14 @@ def prune(args: Namespace) -> None:
         _check_writable(Path(args.report).absolute().parent)
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
-    device = _device(args.device)
 
+    from ..distributed import Processes
     from ..estimate import parse_size
     from ..pruner import SparsePruner
     from ..resume import remove_progress
 
+    processes = Processes()
+    device = _device(args.device, processes.device)
     offload = output.with_name(f"{output.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
@@ -147,18 +151,26 @@ def prune(args: Namespace) -> None:
         )
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
+        if processes.is_main:
+            print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+            _write_report(pruner, args.report)
+        # While the files that offloaded weights are read from are still there.
+        url = pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer) if args.push_to_hub else ""
     finally:
-        shutil.rmtree(offload, ignore_errors=True)
-    if progress is not None:
+        if processes.is_main:
+            shutil.rmtree(offload, ignore_errors=True)
+    if url:
+        print(f"Uploaded to {url}")
+    if progress is not None and processes.is_main:
         remove_progress(progress)
-    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
-    if args.report:
+
+
+def _write_report(pruner: SparsePruner, file: str | None) -> None:
+    if file:
         assert pruner.report is not None
-        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
-        pruner.report.to_json(args.report)
-        print(f"Report: {args.report}")
-    if args.push_to_hub:
-        print(f"Uploaded to {pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer)}")
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        pruner.report.to_json(file)
+        print(f"Report: {file}")
 
 
 def _device_map(args: Namespace, config: SparseConfig, device: torch.device, limit: int) -> dict[str, Any] | None:
@@ -266,11 +278,12 @@ def _check_hub_access(repo_id: str) -> None:
         raise ValueError("--push-to-hub needs a Hub access token: log in with `hf auth login`, or set HF_TOKEN.")
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, given: torch.device | None) -> torch.device:
+    """The device of that name; by default the one that was given to this process, or the first GPU."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

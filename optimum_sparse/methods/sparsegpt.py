@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import SparseConfig
-from ..patterns import NM, Pattern, Unstructured, keep_all_but, keep_mask, num_pruned
+from ..patterns import NM, Pattern, Unstructured, by_matrix, keep_all_but, keep_mask, num_pruned
 from ..statistics import GramStatistics
 from .hessian import reversed_cholesky
 from .solution import Solution
@@ -81,12 +81,13 @@ def _select(
         start: First column of the block.
         stop: One past its last column.
     """
-    keeps = []
-    for scores in saliency.abs().split(list(rows or saliency.shape[1:]), dim=1):
-        height = scores.shape[1]
+
+    def keep(scores: torch.Tensor) -> torch.Tensor:
+        height = len(scores)
         count = num_pruned(stop * height, pattern.sparsity) - num_pruned(start * height, pattern.sparsity)
-        keeps.append(keep_all_but(scores.T.reshape(1, -1), count).view(height, -1).T)
-    return torch.cat(keeps, dim=1)
+        return keep_all_but(scores.reshape(1, -1), count).view(height, -1)
+
+    return by_matrix(saliency.abs().T, rows, keep).T
 
 
 def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | None, pattern: Pattern) -> torch.Tensor:
