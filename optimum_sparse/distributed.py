@@ -120,6 +120,12 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def end(self) -> None:
+        """Nothing more will be exchanged; left to the end of the program, this may wait for ever."""
+        if self.count > 1:
+            self.wait()
+            dist.destroy_process_group()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the body before the others."""

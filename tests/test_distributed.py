@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from optimum_sparse.distributed import Processes
+from tests.checkpoints import save_tiny, write_text
 from tests.two_processes import RUNS, main
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,25 @@ def test_all_are_told_what_does_not_fit(two: Path) -> None:
         differ, few = json.loads((two / f"errors-{process}.json").read_text())
         assert "The 2 processes differ in: calibration data" in differ
         assert "1 calibration samples cannot be shared out to 2 processes" in few
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path) -> None:
+    """With options that concern files, which one process alone may write."""
+    source, out, report = tmp_path / "source", tmp_path / "out", tmp_path / "report.json"
+    save_tiny(source)
+    text = write_text(tmp_path / "text.txt")
+    cli = str(Path(sys.executable).with_name("optimum-cli"))
+    command = [cli, "sparse", "prune", str(source), str(out), "--dataset", str(text), "--num-samples", "4"]
+    command += ["--seqlen", "32", "--resume", "--activation-device", "disk", "--report", str(report)]
+    result = launch("--no_python", *command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Saved to") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.json", "source", "text.txt"]
+    assert json.loads(report.read_text())["sparsity"] == 0.5
+    assert {entry["num_tokens"] for entry in json.loads(report.read_text())["matrices"]} == {4 * 32}
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    assert (pruned.model.layers[1].mlp.down_proj.weight == 0).float().mean() == 0.5
 
 
 def test_a_process_alone() -> None:

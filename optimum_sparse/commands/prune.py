@@ -163,6 +163,7 @@ def prune(args: Namespace) -> None:
         print(f"Uploaded to {url}")
     if progress is not None and processes.is_main:
         remove_progress(progress)
+    processes.end()
 
 
 def _write_report(pruner: SparsePruner, file: str | None) -> None:
