@@ -26,6 +26,7 @@ from .estimate import available_memory, duration, held_memory, num_tokens, run_s
 from .experts import Experts, Routed
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, text_models
+from .methods import METHODS, fused
 from .offload import Residency, execution_device
 from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
@@ -108,6 +109,8 @@ class PruningRun:
     def _prune(self) -> list[PrunableMatrix]:
         data_free = self._solver.statistics is None
         self._check_processes()
+        slow = fused.missing(execution_device(self._model)) if METHODS[self.config.method].sweeps else None
+        self._report.notes += [slow] if slow else []
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
         self._progress.start(len(matrices))

@@ -19,6 +19,7 @@ from .methods.refine import refine
 from .methods.threads import one_thread
 from .offload import Residency
 from .patterns import SharedRows
+from .precision import full_precision
 from .progress import Progress
 from .report import MatrixReport, SparsityReport
 from .statistics import GramStatistics, Statistics
@@ -86,7 +87,7 @@ class Solver:
             for pattern in dict.fromkeys(matrix.pattern for matrix in group):
                 stack = [matrix for matrix in group if matrix.pattern == pattern]
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
-                with torch.autocast(stack[0].device.type, enabled=False), self._threads_for(stack):
+                with torch.autocast(stack[0].device.type, enabled=False), full_precision(), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight

@@ -18,6 +18,7 @@ ORDER = [
     "config",
     "patterns",
     "distributed",
+    "precision",
     "saving",
     "uses",
     "offload",
