@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -284,3 +285,37 @@ class TestRefused:
         model.model.layers[0].mlp.up_proj.weight.data = torch.empty(0)  # as DeepSpeed ZeRO-3 leaves it
         with pytest.raises(ValueError, match=r"is \[0\] in this process and \[64, 32\] .*DeepSpeed ZeRO-3 or FSDP1"):
             callback.on_train_begin(None, None, None, model=model)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["callback", "masked LoRA"])
+def test_scaled_gradients_of_half_precision(adapters):
+    """Steps whose gradients overflow are skipped, the others train, and the zeros hold in both."""
+    model = pruned_model()
+    zeros, dense = zero_positions(model), copy.deepcopy(model.state_dict())
+    callback = None if adapters else SparsityCallback(model)
+    if adapters:
+        model = keep_sparsity(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")))
+    else:
+        callback.on_train_begin(None, None, None, model=model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    skipped = 0
+    for row in rows(30):
+        before = copy.deepcopy(model.state_dict())
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**{name: value[None] for name, value in row.items()}).loss
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if callback is not None:
+            callback.on_optimizer_step(None, None, None)
+        optimizer.zero_grad()
+        same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert same == (scaler.get_scale() < scale)
+        skipped += same
+    assert 0 < skipped < 30
+    trained = model.merge_and_unload() if adapters else model
+    assert_zeros_kept(trained, zeros)
+    pruned = [name for name, positions in zeros.items() if positions.any() and "embed" not in name]
+    assert pruned and not any(torch.equal(trained.get_parameter(name), dense[name]) for name in pruned)
