@@ -180,7 +180,7 @@ def launch(mode, output):
     # --multi_gpu is Accelerate's name for several processes; the training itself asks for the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if mode == "sharded":
+    if mode == "sharded" or mode.startswith("zero"):
         command = [
             sys.executable,
             "-m",
@@ -193,8 +193,9 @@ def launch(mode, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command += ["--master_port" if mode == "sharded" else "--main_process_port", port]
-    module = ["-m"] if mode == "sharded" else ["--module"]
+    by_torch = "torch.distributed.run" in command
+    command += ["--master_port" if by_torch else "--main_process_port", port]
+    module = ["-m"] if by_torch else ["--module"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += [*module, "tests.recovery.training", str(output), mode]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
@@ -211,6 +212,13 @@ def test_two_processes(mode, tmp_path):
     assert_zeros_kept(trained, zero_positions(original))
     for key in find_masks(original):
         assert not torch.equal(trained.get_parameter(key), original.get_parameter(key)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero1", "zero2"])
+def test_deepspeed(mode, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is not part of what CI installs")
+    test_two_processes(mode, tmp_path)
 
 
 @pytest.mark.slow
