@@ -111,7 +111,7 @@ class Processes:
         padded = own.new_zeros(each, *own.shape[1:])
         padded[: len(own)] = own
         whole = own.new_empty(each * self.count, *own.shape[1:])
-        # A boolean is a byte, and a half type two: gloo knows neither.
+        # As bytes, since not every backend takes every dtype.
         dist.all_gather_into_tensor(whole.view(torch.uint8), padded.view(torch.uint8))
         return whole[:rows]
 

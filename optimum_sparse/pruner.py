@@ -156,7 +156,7 @@ class SparsePruner:
         """Write a plain dense checkpoint, with zeros, that loads everywhere, or a packed one, without them.
 
         `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
-        of them are complete. Of several processes the main one writes, and the others wait for it.
+        of them are complete. Of several processes the main one writes, and the others do not wait for it.
 
         Args:
             model: The pruned model.
@@ -171,19 +171,8 @@ class SparsePruner:
                 that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
-        processes = Processes()
-        if processes.is_main:
-            self._write(model, directory, tokenizer, max_shard_size, compressed)
-        processes.wait()
-
-    def _write(
-        self,
-        model: PreTrainedModel,
-        directory: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None,
-        max_shard_size: int | str,
-        compressed: bool,
-    ) -> None:
+        if not Processes().is_main:
+            return
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
         with replace_folder(directory) as folder, savable(model):
@@ -224,22 +213,20 @@ class SparsePruner:
         """
         from .integrations.hub import model_card, push_folder
 
-        processes, url = Processes(), ""
-        if processes.is_main:
-            with tempfile.TemporaryDirectory() as folder:
-                self._write(model, folder, tokenizer, "5GB", compressed)
-                name = type(model).__name__
-                card = model_card(
-                    model.config.sparsity_config,
-                    self.report,
-                    repo_id,
-                    "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
-                    compressed,
-                )
-                card.save(Path(folder, "README.md"))
-                url = push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
-        processes.wait()
-        return url
+        if not Processes().is_main:
+            return ""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(model, folder, tokenizer, compressed=compressed)
+            name = type(model).__name__
+            card = model_card(
+                model.config.sparsity_config,
+                self.report,
+                repo_id,
+                "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
+                compressed,
+            )
+            card.save(Path(folder, "README.md"))
+            return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as pure JSON."""

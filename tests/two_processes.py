@@ -96,7 +96,7 @@ def save_and_resume(folder: Path) -> None:
         pruner = SparsePruner(progress=False)
         pruner.prune(model, dataset=tiny_batches(3), resume_from=progress, activation_device="disk")
         pruner.save(model, folder / out)
-        assert (folder / out / "model.safetensors").exists()
+        assert (folder / out / "model.safetensors").exists() or not processes.is_main
 
     for place in (None, "disk"):
         progress = folder / f"progress-{place}"

@@ -149,6 +149,7 @@ def prune(args: Namespace) -> None:
             activation_device=args.activation_device,
             max_memory=limit,
         )
+        processes.wait()
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
         if processes.is_main:

@@ -48,23 +48,24 @@ def sweep(
     inverse = inverse.contiguous()  # triangular solves give it transposed
     errors = torch.empty_like(columns, memory_format=torch.contiguous_format)
     n, m = (pattern.n, pattern.m) if choose and isinstance(pattern, NM) else (1, 1)
-    _sweep[(triton.cdiv(rows, ROWS),)](
-        columns,
-        inverse,
-        mask.view(torch.uint8),
-        errors,
-        rows,
-        width,
-        columns.stride(0),
-        inverse.stride(0),
-        mask.stride(0),
-        errors.stride(0),
-        NUM_PRUNED=m - n,
-        GROUP=m,
-        CHOOSE=choose,
-        WIDTH=triton.next_power_of_2(width),
-        ROWS=ROWS,
-    )
+    with torch.cuda.device_of(columns):  # a model may be on several
+        _sweep[(triton.cdiv(rows, ROWS),)](
+            columns,
+            inverse,
+            mask.view(torch.uint8),
+            errors,
+            rows,
+            width,
+            columns.stride(0),
+            inverse.stride(0),
+            mask.stride(0),
+            errors.stride(0),
+            NUM_PRUNED=m - n,
+            GROUP=m,
+            CHOOSE=choose,
+            WIDTH=triton.next_power_of_2(width),
+            ROWS=ROWS,
+        )
     return errors
 
 
