@@ -207,9 +207,16 @@ class Clock:
     """Time since it was made."""
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = _now()
 
     @property
     def elapsed(self) -> float:
         """Seconds so far."""
-        return time.perf_counter() - self._started
+        return _now() - self._started
+
+
+def _now() -> float:
+    """The time once a GPU has done what it was given, which else would count for whoever waits for it next."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
