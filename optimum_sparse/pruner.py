@@ -19,6 +19,7 @@ from .calibration import load_calibration
 from .checkpoint import convert
 from .config import SparseConfig
 from .depth import DepthError
+from .distributed import Processes
 from .estimate import parse_size, peak_memory
 from .matrices import find_blocks, find_matrices
 from .methods import statistics_for
@@ -83,6 +84,9 @@ class SparsePruner:
         Weights that Accelerate offloads (`device_map`, `cpu_offload`, `disk_offload`) come in for one block at a time.
         Pruned ones go back to memory, or to new files in the offload folder; the source is never written to.
 
+        Of several processes, started by `accelerate launch` or `torchrun`, each calls this with the whole model and
+        the same arguments. They share out the calibration data and the rows to solve, and all have the result.
+
         Args:
             model: A model in evaluation mode, of Transformers or any other `nn.Module`.
             tokenizer: Its tokenizer, needed if the calibration data is text; or its processor.
@@ -111,7 +115,9 @@ class SparsePruner:
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
         started = time.perf_counter()
-        with torch.no_grad(), _one_expert_at_a_time(model), Progress(self.progress, self.config) as progress:
+        processes = Processes()
+        shown = self.progress and processes.is_main
+        with torch.no_grad(), _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:
@@ -124,7 +130,9 @@ class SparsePruner:
                 report.seconds["calibration data"] = time.perf_counter() - started
             folder = None if resume_from is None else Path(resume_from)
             limit = None if max_memory is None else parse_size(max_memory)
-            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder, limit)
+            run = PruningRun(
+                model, self.config, report, progress, processes, batches, activation_device, folder, limit
+            )
             # Of a model that is offloaded, one more forward would read all of it once more.
             depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
             with depth.watching():
@@ -156,7 +164,7 @@ class SparsePruner:
         """Write a plain dense checkpoint, with zeros, that loads everywhere, or a packed one, without them.
 
         `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
-        of them are complete.
+        of them are complete. Of several processes the main one writes, and the others do not wait for it.
 
         Args:
             model: The pruned model.
@@ -171,6 +179,8 @@ class SparsePruner:
                 that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
+        if not Processes().is_main:
+            return
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model))
         with replace_folder(directory) as folder, savable(model):
@@ -199,7 +209,7 @@ class SparsePruner:
         commit_message: str | None = None,
         compressed: bool = False,
     ) -> str:
-        """Upload weights, tokenizer, report and model card in one commit.
+        """Upload weights, tokenizer, report and model card in one commit, from the main process if there are several.
 
         Args:
             model: The pruned model.
@@ -211,10 +221,12 @@ class SparsePruner:
             compressed: As of `save`.
 
         Returns:
-            URL of the commit.
+            URL of the commit; empty in the other processes.
         """
         from .integrations.hub import model_card, push_folder, save_card
 
+        if not Processes().is_main:
+            return ""
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
             name = type(model).__name__

@@ -16,6 +16,9 @@ from torch import nn
 # Weight files of an earlier save, which would be loaded along with the new ones.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
+# How the names of folders begin that a save is written to before it replaces the target's files.
+TEMPORARY = ".saving-"
+
 
 @contextmanager
 def replace_folder(directory: str | Path) -> Iterator[Path]:
@@ -31,8 +34,10 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: name a folder to save into.")
     directory.mkdir(parents=True, exist_ok=True)
+    for left_behind in directory.glob(f"{TEMPORARY}*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left_behind, ignore_errors=True)
     # Beside the target, hence on the same disk, so that the moves are renames.
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=directory))
     try:
         yield temporary
         new = sorted(path.name for path in temporary.iterdir())

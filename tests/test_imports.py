@@ -17,6 +17,8 @@ PACKAGE = Path(optimum_sparse.__file__).parent
 ORDER = [
     "config",
     "patterns",
+    "distributed",
+    "precision",
     "saving",
     "uses",
     "offload",

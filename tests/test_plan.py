@@ -164,6 +164,7 @@ import json, sys, torch
 from contextlib import nullcontext
 from torch import nn
 from optimum_sparse.config import SparseConfig
+from optimum_sparse.distributed import Processes
 from optimum_sparse.matrices import PrunableMatrix
 from optimum_sparse.methods import workspace
 from optimum_sparse.patterns import parse_pattern
@@ -183,7 +184,7 @@ options, width, rows = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3
 config = SparseConfig(**options)
 layer = nn.Linear(width, rows, bias=False, dtype=torch.bfloat16)
 matrix = PrunableMatrix("w", View("weight", 0, (rows, width), False), layer, parse_pattern(0.5, None), "b")
-solver = Solver(config, SparsityReport(config={}), Progress(False, config), Resident())
+solver = Solver(config, SparsityReport(config={}), Progress(False, config), Resident(), Processes())
 statistics = solver.new_statistics(matrix) if solver.statistics else None
 if statistics is not None:
     statistics.add(torch.randn(256, width).bfloat16())

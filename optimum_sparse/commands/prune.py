@@ -27,6 +27,8 @@ from . import user_errors
 if TYPE_CHECKING:
     import torch
 
+    from ..report import SparsityReport
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
@@ -133,13 +135,14 @@ def prune(args: Namespace) -> None:
         _check_writable(Path(args.report).absolute().parent)
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
-    device = _device(args.device)
 
+    from ..distributed import Processes
     from ..estimate import parse_size
     from ..pruner import SparsePruner
-    from ..report import PAGE_FILE
     from ..resume import remove_progress
 
+    processes = Processes()
+    device = _device(args.device, processes.device)
     offload = output.with_name(f"{output.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
@@ -156,22 +159,35 @@ def prune(args: Namespace) -> None:
         )
         assert pruner.report is not None
         pruner.report.command = command_line(args, config, pruner.report.config["dataset"])
+        processes.wait()
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
+        if processes.is_main:
+            print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+            _write_reports(pruner.report, output if args.html else None, args.report)
+        # While the files that offloaded weights are read from are still there.
+        url = pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer) if args.push_to_hub else ""
     finally:
-        shutil.rmtree(offload, ignore_errors=True)
-    if progress is not None:
+        if processes.is_main:
+            shutil.rmtree(offload, ignore_errors=True)
+    if url:
+        print(f"Uploaded to {url}")
+    if progress is not None and processes.is_main:
         remove_progress(progress)
-    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
-    if args.html:
-        pruner.report.to_html(output / PAGE_FILE)
-        print(f"To look at: {output / PAGE_FILE}")
-    if args.report:
-        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
-        pruner.report.to_json(args.report)
-        print(f"Report: {args.report}")
-    if args.push_to_hub:
-        print(f"Uploaded to {pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer)}")
+    processes.end()
+
+
+def _write_reports(report: SparsityReport, folder: Path | None, file: str | None) -> None:
+    """Write what was done as a page into a folder and as JSON to a file."""
+    from ..report import PAGE_FILE
+
+    if folder:
+        report.to_html(folder / PAGE_FILE)
+        print(f"To look at: {folder / PAGE_FILE}")
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        report.to_json(file)
+        print(f"Report: {file}")
 
 
 def _device_map(args: Namespace, config: SparseConfig, device: torch.device, limit: int) -> dict[str, Any] | None:
@@ -213,9 +229,10 @@ def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:
     """
     model, output = (Path(path).name if os.path.exists(path) else path for path in (args.model, args.output))
     words = ["optimum-cli", "sparse", "prune", model, Path(output).name]
+    default = SparseConfig()
     for field in fields(SparseConfig):
         value = dataset if field.name == "dataset" else getattr(config, field.name)
-        if value != field.default:
+        if value != getattr(default, field.name):
             words += _words(field.name, value)
     for name in ("dtype", "device", "max_memory", "activation_device"):
         if getattr(args, name) not in ("auto", None):
@@ -309,11 +326,12 @@ def _check_hub_access(repo_id: str) -> None:
         raise ValueError("--push-to-hub needs a Hub access token: log in with `hf auth login`, or set HF_TOKEN.")
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, given: torch.device | None) -> torch.device:
+    """The device of that name; by default the one that was given to this process, or the first GPU."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

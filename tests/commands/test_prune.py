@@ -321,7 +321,7 @@ def test_report_and_page_beside_the_model(dense: Path, text: Path, tmp_path: Pat
     report = SparsityReport.from_json(out / "sparsity_report.json")
     assert (out / "sparsity_report.html").read_text() == report.to_html()
     assert report.command == (
-        "optimum-cli sparse prune dense 'a name' --method wanda --dataset text.txt --num-samples 2 --seqlen 16"
+        "optimum-cli sparse prune dense 'a name' --method wanda --dataset squares.txt --num-samples 2 --seqlen 16"
     )
     assert str(tmp_path) not in report.to_json() and str(text.parent) not in report.to_json()
     assert report.model == "dense" and len(report.pictures) == 7 and len(report.depth_error) == 2

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from safetensors.torch import load
 
 from optimum_sparse import SparsePruner
 from optimum_sparse.integrations.hub import PLOT_FILE, model_card, save_card
@@ -275,3 +277,32 @@ def test_the_usage_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture):
     code = str(model_card(METADATA, None, str(tmp_path))).split("```python\n")[1].split("```")[0]
     exec(code, {})
     assert capsys.readouterr().out.startswith("The capital of France is")
+
+
+PUSH_OFFLOADED = """
+import warnings
+import torch
+from transformers import AutoModelForCausalLM
+from optimum_sparse import SparsePruner
+
+warnings.simplefilter("ignore")
+batches = [{"input_ids": torch.arange(3, 27)[None]}]
+model = AutoModelForCausalLM.from_pretrained("base/dense")
+SparsePruner(progress=False).prune(model, dataset=batches)
+model.save_pretrained("expected")
+model = AutoModelForCausalLM.from_pretrained("base/dense", device_map={"": "disk"}, offload_folder="offload")
+pruner = SparsePruner(progress=False)
+pruner.prune(model, dataset=batches)
+pruner.push_to_hub(model, "me/offloaded")
+"""
+
+
+def test_push_from_disk(tmp_path: Path):
+    save_tiny(tmp_path / "dense")
+    with FakeHub() as hub:
+        hub.create("base/dense", {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()})
+        client(hub, tmp_path, PUSH_OFFLOADED)
+        pushed = load(hub.repos["me/offloaded"]["model.safetensors"])
+    expected = load((tmp_path / "expected" / "model.safetensors").read_bytes())
+    assert pushed.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pushed.items())
