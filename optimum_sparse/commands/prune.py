@@ -22,7 +22,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SparseConfig
 from ..loading import load_model, local_path, model_without_weights, read_json
-from . import user_errors
+from . import device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def prune(args: Namespace) -> None:
     from ..resume import remove_progress
 
     processes = Processes()
-    device = _device(args.device, processes.device)
+    device = device_called(args.device, processes.device)
     offload = output.with_name(f"{output.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
@@ -324,18 +324,3 @@ def _check_hub_access(repo_id: str) -> None:
     validate_repo_id(repo_id)
     if get_token() is None:
         raise ValueError("--push-to-hub needs a Hub access token: log in with `hf auth login`, or set HF_TOKEN.")
-
-
-def _device(name: str, given: torch.device | None) -> torch.device:
-    """The device of that name; by default the one that was given to this process, or the first GPU."""
-    import torch
-
-    if name == "auto":
-        return given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device that torch knows: use cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return device

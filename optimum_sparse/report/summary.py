@@ -38,7 +38,7 @@ def quality(evaluation: Mapping[str, Any] | None) -> list[Row]:
         change = ""
         if task["difference"] is not None:
             change = f"{task['difference']:+.4f}{_interval(task['difference_interval'], '{:+.4f}')}"
-        pruned = f"{task['value']:.4f} ± {task['stderr']:.4f}"
+        pruned = f"{task['value']:.4f}" + ("" if task["stderr"] is None else f" ± {task['stderr']:.4f}")
         what = f"{task['task']}, {task['metric']} ({task['num_samples']} samples)"
         rows.append(Row(what, _number(task["baseline_value"], "{:.4f}"), pruned, change))
     return rows
