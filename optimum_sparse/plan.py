@@ -192,8 +192,7 @@ def _plan(
         statistics = max((4 * math.prod(kind.shape(group.in_features)) for group in work.groups), default=0)
     for group in work.groups:
         solving = max(solving, workspace(config, group.in_features, group.rows))
-    # Where batches come and go, one comes before all of the memory of the last one has been given back.
-    running = int(MARGIN * footprint.running * batch_rows * work.row_tokens) * (2 if place else 1)
+    running = int(MARGIN * footprint.running * batch_rows * work.row_tokens)
     memory = {
         "held before": work.held,
         "offloaded blocks": work.units,

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=float, default=5.0, help="GiB of resident memory (default: 5)")
-    parser.add_argument("--max-memory", default="4.9GiB", help="what the command is told (default: 4.9GiB)")
+    parser.add_argument("--max-memory", default="4.8GiB", help="what the command is told (default: 4.8GiB)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
