@@ -1,9 +1,9 @@
 """How good a model is, by the field's protocols: perplexity, divergence from the dense model, tasks of lm-eval."""
 
+from .harness import TaskResult, zero_shot
 from .perplexity import Comparison, Perplexity, compare, perplexity
 from .protocol import check_same_tokenizer, evaluate, generate
 from .texts import Text, load_text, wikitext_tokens
-from .zero_shot import TaskResult, zero_shot
 
 __all__ = [
     "Comparison",

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import metadata
 from ..offload import execution_device
+from .harness import zero_shot
 from .perplexity import Perplexity, compare, perplexity
 from .texts import Text, load_text
-from .zero_shot import zero_shot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

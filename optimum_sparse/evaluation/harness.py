@@ -88,7 +88,7 @@ def zero_shot(
         manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
         built = [part for name in names for part in _build(manager, name)]
     results, *dense = (
-        _run(each, tokenizer, built, num_fewshot, num_samples, batch_size)
+        _run(each, tokenizer, built, manager, num_fewshot, num_samples, batch_size)
         for each in ([model] if baseline is None else [model, baseline])
     )
     return [_result(key, results, *dense) for key in _metrics(results)]
@@ -115,6 +115,7 @@ def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Any],
+    manager: Any,
     num_fewshot: int | None,
     num_samples: int | None,
     batch_size: int,
@@ -130,7 +131,8 @@ def _run(
             return execution_device(self.model)
 
     wrapped = Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    return simple_evaluate(wrapped, tasks=tasks, num_fewshot=num_fewshot, limit=num_samples)
+    # It would make a second manager, which reads the thousands of task files once more.
+    return simple_evaluate(wrapped, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=num_samples)
 
 
 def _metrics(results: Mapping[str, Any]) -> list[Key]:
