@@ -3,6 +3,7 @@
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .bench import BenchCommand
+from .compare import CompareCommand
 from .evaluate import EvaluateCommand
 from .inspect import InspectCommand
 from .pack import PackCommand, UnpackCommand
@@ -22,6 +23,7 @@ class SparseCommand(BaseOptimumCLICommand):
             PlanCommand,
             RecoverCommand,
             EvaluateCommand,
+            CompareCommand,
             InspectCommand,
             PackCommand,
             UnpackCommand,
