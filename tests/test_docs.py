@@ -14,8 +14,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_sparse import SparsePruner
 from optimum_sparse.commands.bench import BenchCommand
+from optimum_sparse.commands.compare import CompareCommand
+from optimum_sparse.commands.evaluate import EvaluateCommand
 from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.pack import PackCommand, UnpackCommand
 from optimum_sparse.commands.plan import PlanCommand
@@ -36,6 +40,8 @@ COMMANDS = {
     "prune": PruneCommand,
     "plan": PlanCommand,
     "recover": RecoverCommand,
+    "evaluate": EvaluateCommand,
+    "compare": CompareCommand,
     "inspect": InspectCommand,
     "pack": PackCommand,
     "unpack": UnpackCommand,
@@ -143,6 +149,16 @@ def test_scale_runs(workplace: Path):
     assert (workplace / "progress" / "run.json").is_file() and (workplace / "pruned" / "config.json").is_file()
 
 
+def test_evaluation_runs(workplace: Path):
+    pruner = SparsePruner(method="magnitude")
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    pruner.prune(model)
+    pruner.save(model, "pruned", AutoTokenizer.from_pretrained(MODEL))
+    names = run_blocks(ROOT / "docs" / "evaluation.md")
+    assert names["found"]["texts"][0]["ratio"] > 0 and names["report"].sparsity == 0.5
+    assert Path("report.html").read_text() == names["report"].to_html()
+
+
 def test_packing_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "packing.md")
     assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
@@ -177,7 +193,15 @@ def test_all_python_is_run_or_says_why_not():
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{name}.md"
-            for name in ("getting-started", "architectures", "packing", "recovery", "runtime", "scale")
+            for name in (
+                "getting-started",
+                "architectures",
+                "evaluation",
+                "packing",
+                "recovery",
+                "runtime",
+                "scale",
+            )
         ),
     }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
@@ -227,7 +251,7 @@ def test_every_option_is_documented():
     }
     for option, field in options.items():
         assert f"| `{field}` |" in reference or f"| `{option}" in page, option
-    known = {*options, "--help", "--no-true-sequential"}
+    known = {name for command in COMMANDS for action in parser_of(command)._actions for name in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", page)) <= known
 
 

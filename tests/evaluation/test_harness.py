@@ -115,3 +115,16 @@ def test_a_task_that_does_not_fit_its_data(tasks: Path, change: tuple[str, str],
     file.write_text(file.read_text().replace(*change))
     with pytest.raises(ValueError, match=rf"'squares' cannot be made .*{reason}.*columns"):
         zero_shot(tiny_model("llama"), tiny_tokenizer(), ["squares"], tasks_dir=tasks)
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_numbers_of_lm_eval(tasks: Path, monkeypatch: pytest.MonkeyPatch, smollm2):
+    model, tokenizer = smollm2
+    found = zero_shot(model, tokenizer, ["squares"], tasks_dir=tasks, batch_size=8)
+    monkeypatch.chdir(tasks)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    expected = simple_evaluate(wrapped, tasks=["squares"], task_manager=manager)["results"]["squares"]
+    assert {result.metric: (result.value, result.stderr) for result in found} == {
+        metric: (expected[f"{metric},none"], expected[f"{metric}_stderr,none"]) for metric in ("acc", "acc_norm")
+    }
