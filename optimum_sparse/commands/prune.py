@@ -180,9 +180,11 @@ def prune(args: Namespace) -> None:
 def _write_reports(report: SparsityReport, folder: Path | None, file: str | None) -> None:
     """Write what was done as a page into a folder and as JSON to a file."""
     from ..report import PAGE_FILE
+    from ..saving import replace_file
 
     if folder:
-        report.to_html(folder / PAGE_FILE)
+        with replace_file(folder / PAGE_FILE) as page:
+            report.to_html(page)
         print(f"To look at: {folder / PAGE_FILE}")
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
