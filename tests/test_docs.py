@@ -33,7 +33,7 @@ from .checkpoints import save_tiny, write_text
 from .integrations.fake_hub import FakeHub
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "benchmarks" / "README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
 COMMANDS = {
@@ -159,6 +159,13 @@ def test_evaluation_runs(workplace: Path):
     assert Path("report.html").read_text() == names["report"].to_html()
 
 
+def test_guides_run(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "guides" / "push.md")
+    assert names["pruner"].report.evaluations[0]["texts"][0]["ratio"] > 0 and inspect("pruned")["metadata_is_true"]
+    names = run_blocks(ROOT / "docs" / "guides" / "serve.md")
+    assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
+
+
 def test_packing_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "packing.md")
     assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
@@ -197,6 +204,8 @@ def test_all_python_is_run_or_says_why_not():
                 "getting-started",
                 "architectures",
                 "evaluation",
+                "guides/push",
+                "guides/serve",
                 "packing",
                 "recovery",
                 "runtime",
