@@ -1,31 +1,27 @@
 """The pages in a real browser: nothing goes wrong, everything is drawn, nothing is fetched, a keyboard is enough."""
 
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from optimum_sparse.report import compare_reports
+from tests.browser import chromium, needs_chromium
 
 from .reports import full_report
 from .test_comparison import report as short_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+pytestmark = needs_chromium
 
 SCREENS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        # In a container it runs as root, which its sandbox does not allow; the page is ours.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +36,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Opened:
     """A page that is open, and what went wrong since."""
 
-    def __init__(
-        self, browser: "sync_api.Browser", file: Path, screen: str = "desktop", scheme: str = "light"
-    ) -> None:
+    def __init__(self, browser: Any, file: Path, screen: str = "desktop", scheme: str = "light") -> None:
         self.context = browser.new_context(viewport=SCREENS[screen], color_scheme=scheme, offline=True)
         self.page = self.context.new_page()
         self.wrong: list[str] = []
@@ -52,7 +46,7 @@ class Opened:
         self.page.on("request", lambda request: self.fetched.append(request.url))
         self.page.goto(file.as_uri())
 
-    def __enter__(self) -> "sync_api.Page":
+    def __enter__(self) -> Any:
         return self.page
 
     def __exit__(self, *exception: object) -> None:
@@ -85,7 +79,7 @@ def luminance(colour: str) -> int:
     return sum(int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")[:3])
 
 
-def drawn(page: "sync_api.Page") -> tuple[int, str]:
+def drawn(page: Any) -> tuple[int, str]:
     """How many colours the picture of the mask has, and what it is."""
     return tuple(
         page.evaluate(
