@@ -34,7 +34,7 @@ class DepthError:
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.clear()
-            self._inputs = args, _first_row(kwargs)
+            self._inputs = args, kwargs
 
         def leave(*_: Any) -> None:
             self._before = seen
@@ -88,24 +88,9 @@ class DepthError:
         def keep(name: str, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, torch.Tensor) and name not in seen:
-                row = hidden[:1] if self._inputs and _is_text(self._inputs[1]) else hidden
-                seen[name] = row.detach().reshape(-1, row.shape[-1])[:TOKENS].to("cpu", copy=True)
+                seen[name] = hidden.detach().reshape(-1, hidden.shape[-1])[:TOKENS].to("cpu", copy=True)
 
         def hook(name: str) -> Any:
             return lambda module, inputs, output: keep(name, output)
 
         return [self._model.get_submodule(name).register_forward_hook(hook(name)) for name in self._blocks]
-
-
-def _first_row(inputs: dict[str, Any]) -> dict[str, Any]:
-    """One row of a batch of text, which takes less memory than any batch of the run; other batches as they are."""
-    if not _is_text(inputs):
-        return inputs
-    return {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-
-
-def _is_text(inputs: dict[str, Any]) -> bool:
-    return {name for name, value in inputs.items() if isinstance(value, torch.Tensor)} <= {
-        "input_ids",
-        "attention_mask",
-    }
