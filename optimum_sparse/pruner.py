@@ -23,9 +23,10 @@ from .matrices import find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
+from .quantization import Grid, write_grids
 from .report import SparsityReport
 from .run import PruningRun
-from .saving import check_target, replace_folder
+from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -164,7 +165,7 @@ class SparsePruner:
             OSError: Writing failed; what was in `directory` is unchanged.
         """
         check_target(model, directory)
-        model.config.sparsity_config = metadata.recount(model, self._metadata(model))
+        model.config.sparsity_config = metadata.recount(model, self._metadata(model), self._grids)
         with replace_folder(directory) as folder, savable(model):
             if compressed:
                 with tempfile.TemporaryDirectory(dir=folder) as dense:
@@ -174,6 +175,8 @@ class SparsePruner:
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if "quantization" in model.config.sparsity_config:
+                write_grids(folder / GRIDS_FILE, self._grids)
             if self.report is not None:
                 self.report.to_json(folder / REPORT_FILE)
 
@@ -228,6 +231,10 @@ class SparsePruner:
             ValueError: As `SparseConfig.from_dict`.
         """
         return cls(SparseConfig.from_dict(options))
+
+    @property
+    def _grids(self) -> dict[str, Grid]:
+        return {} if self.report is None else self.report.grids
 
     def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):

@@ -19,12 +19,14 @@ from . import __version__
 from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .offload import Residency, execution_device, value_of
+from .quantization import read_grids, write_grids
 from .report import MatrixReport, SparsityReport
 from .saving import replace_file, write_tensors
 from .spill import ACTIVATIONS_FOLDER
 
 FINGERPRINT_FILE = "run.json"
 FILES = "[0-9]*.safetensors"
+GRIDS = "grids-"
 # Of each weight, so many values at its start, in its middle and at its end are looked at.
 SAMPLE = 1024
 
@@ -80,6 +82,9 @@ class Steps:
         with safe_open(file, framework="pt") as tensors:
             record = json.loads(tensors.metadata()["record"])
         self._residency.restore(file)
+        grids = file.with_name(f"{GRIDS}{file.name}")
+        if grids.is_file():
+            self._report.grids |= read_grids(grids)
         self._report.matrices += [_entry(fields) for fields in record["entries"]]
         steps = list(self._order)
         self.late = Counter({steps[position]: count for position, count in record["late"]})
@@ -108,6 +113,9 @@ class Steps:
         changed = {matrix.view.parameter: matrix for entry in entries for matrix in [self._matrices[entry.name]]}
         path = self._folder / f"{done:06}.safetensors"
         with self._residency.holding(changed):
+            grids = {e.name: self._report.grids[e.name] for e in entries if e.name in self._report.grids}
+            if grids:  # before the weights, whose file says that all is there
+                write_grids(path.with_name(f"{GRIDS}{path.name}"), grids)
             tensors = {name: matrix.parameter for name, matrix in changed.items()}
             write_tensors(path, tensors, {"record": json.dumps(record)})
             self._residency.saved(path, tensors)
@@ -115,7 +123,7 @@ class Steps:
 
 def remove_progress(folder: Path) -> None:
     """Delete the progress of a run, and its folder unless there is something else in it."""
-    for path in [*folder.glob(FILES), folder / FINGERPRINT_FILE]:
+    for path in [*folder.glob(FILES), *folder.glob(f"{GRIDS}*"), folder / FINGERPRINT_FILE]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -13,10 +13,12 @@ import torch
 from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
+from .methods.quantize import quantize
 from .methods.refine import refine
 from .methods.threads import one_thread
 from .offload import Residency
 from .progress import Progress
+from .quantization import Grid
 from .report import MatrixReport, SparsityReport
 from .statistics import GramStatistics, Statistics
 
@@ -31,11 +33,12 @@ Group = Sequence[PrunableMatrix]
 
 @dataclass(frozen=True)
 class Solved:
-    """A matrix, its new weight in the model's dtype, and what the report says of it."""
+    """A matrix, its new weight in the model's dtype, what the report says of it, and the grid it was rounded to."""
 
     matrix: PrunableMatrix
     weight: torch.Tensor
     entry: MatrixReport
+    grid: Grid | None
 
 
 class Solver:
@@ -76,7 +79,7 @@ class Solver:
                     weight = solution.weight
                     spent = (clock.elapsed + seconds) / len(group)
                     entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share)
-                    solved.append(Solved(matrix, weight, entry))
+                    solved.append(Solved(matrix, weight, entry, solution.grid))
         return solved
 
     def write(self, solved: Sequence[Solved]) -> None:
@@ -85,6 +88,8 @@ class Solver:
             with self._residency.holding([one.matrix.view.parameter]):
                 one.matrix.write(one.weight)
             self._report.matrices.append(one.entry)
+            if one.grid is not None:
+                self._report.grids[one.matrix.name] = one.grid.to("cpu")
             self._progress.step(one.entry)
             for note in one.entry.notes:
                 logger.warning("%s: %s.", one.matrix.name, note)
@@ -126,6 +131,8 @@ class Solver:
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)
                 solution = refine(self._config.refine, solution, weight, statistics, stack[0].pattern, self._config)
+            if self._config.quantization and solution.grid is None:
+                solution = quantize(solution, statistics, stack[0].pattern, self._config)
         except ValueError as error:
             raise ValueError(f"{names}: {error}.") from error
         errors: list[float | None] = [None] * len(stack)
@@ -138,7 +145,9 @@ class Solver:
                 for part, whole in zip(lost.split(rows), energy.split(rows), strict=True)
             ]
         parts = zip(solution.weight.split(rows), solution.mask.split(rows), strict=True)
-        return [replace(solution, weight=part, mask=mask) for part, mask in parts], errors
+        grids = [None] * len(stack) if solution.grid is None else solution.grid.split(rows)
+        solutions = [replace(solution, weight=p, mask=m, grid=g) for (p, m), g in zip(parts, grids, strict=True)]
+        return solutions, errors
 
     def _entry(
         self,

@@ -18,6 +18,7 @@ ORDER = [
     "config",
     "patterns",
     "saving",
+    "quantization",
     "uses",
     "offload",
     "calibration",

@@ -8,6 +8,7 @@ import torch
 
 from ..config import SparseConfig
 from ..patterns import NM, Pattern, Unstructured, keep_all_but, keep_mask, num_pruned
+from ..quantization import Rounding, joint_rounding
 from ..statistics import GramStatistics
 from .hessian import reversed_cholesky
 from .solution import Solution
@@ -43,6 +44,7 @@ def solve(
         target,
     )  # a block of the target is needed only until its errors are known
     mask = torch.empty_like(target, dtype=torch.bool)
+    rounding = joint_rounding(weight, config)
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
         eye = torch.eye(stop - start, device=factor.device)
@@ -53,12 +55,17 @@ def solve(
             keep = None
             if isinstance(pattern, Unstructured):
                 keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
-            mask[block] = _sweep(columns, inverse, keep, pattern)
+            if rounding is not None:
+                values = torch.where(dead[block, None], weight.T[block], columns)
+                rounding.enter(values if keep is None else values.masked_fill_(~keep, 0), start)
+            mask[block] = _sweep(columns, inverse, keep, pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
     # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
-    torch.where(mask & dead[:, None], weight.T, pruned, out=pruned)
-    del target, errors  # make room for the copies
-    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping)
+    grid = None if rounding is None else rounding.grid
+    unmoved = weight if grid is None else grid.round(weight)
+    torch.where(mask & dead[:, None], unmoved.T, pruned, out=pruned)
+    del target, errors, unmoved  # make room for the copies
+    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping, grid=grid)
 
 
 def _blocks(in_features: int, block_size: int, pattern: Pattern) -> list[tuple[int, int]]:
@@ -89,7 +96,14 @@ def _select(
     return torch.cat(keeps, dim=1)
 
 
-def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | None, pattern: Pattern) -> torch.Tensor:
+def _sweep(
+    columns: torch.Tensor,
+    inverse: torch.Tensor,
+    keep: torch.Tensor | None,
+    pattern: Pattern,
+    rounding: Rounding | None = None,
+    start: int = 0,
+) -> torch.Tensor:
     """Prune the columns of a block one after the other, in place.
 
     Args:
@@ -97,6 +111,8 @@ def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | No
         inverse: `[columns, columns]` R_bb, upper triangular.
         keep: `[columns, rows]` mask, or `None` to choose it per N:M group when the sweep gets there.
         pattern: The pattern.
+        rounding: Rounds what is kept, so that the columns behind make up for that, too.
+        start: Which input the first column is.
 
     Returns:
         The mask, true where a weight was kept.
@@ -117,6 +133,10 @@ def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | No
             torch.div(column, diagonal[i], out=error)
             error.masked_fill_(mask[i], 0)
             column.masked_fill_(~mask[i], 0)
+            if rounding is not None:
+                rounded = rounding.column(column, start + i)
+                error.add_(column.sub_(rounded).div_(diagonal[i]))
+                column.copy_(rounded)
             columns[i + 1 : end].addr_(inverse[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
     return mask

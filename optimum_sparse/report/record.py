@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..quantization import Grid
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -63,6 +65,7 @@ class SparsityReport:
         seconds: Time by phase.
         peak_memory: Largest memory held, in bytes: of the process on a CPU, of torch's allocator on a GPU.
         notes: Whatever did not go the ordinary way.
+        grids: What each matrix was rounded to, if it was; not a part of the JSON.
     """
 
     config: dict[str, Any]
@@ -72,6 +75,7 @@ class SparsityReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
     notes: list[str] = field(default_factory=list)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -81,7 +85,9 @@ class SparsityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as pure JSON."""
-        return json.loads(json.dumps({**dataclasses.asdict(self), "sparsity": self.sparsity}))
+        record = dataclasses.asdict(dataclasses.replace(self, grids={}))
+        del record["grids"]
+        return json.loads(json.dumps({**record, "sparsity": self.sparsity}))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if one is given."""
