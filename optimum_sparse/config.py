@@ -118,8 +118,8 @@ class SparseConfig:
     )
     quantization: str | None = _option(
         None,
-        f"also round the kept weights to so many bits, from {QUANTIZATIONS[0]} to {QUANTIZATIONS[-1]}; by methods that "
-        "update weights so that the others make up for it (default: no)",
+        f"also round the kept weights to so many bits, {QUANTIZATIONS[0]} to {QUANTIZATIONS[-1]}; methods that update "
+        "weights make up for it with the others (default: no)",
     )
     group_size: int | None = _option(
         None, "quantization: how many consecutive inputs of an output share a scale, -1 for all of them (default: 128)"

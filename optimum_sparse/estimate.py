@@ -61,16 +61,17 @@ def held_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Memory that is free on a device, in bytes."""
+    """Memory that is free on a device, in bytes; on a GPU with what torch has freed and keeps for itself."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 
 def peak_memory() -> int | None:
-    """Largest memory held so far, in bytes: by torch's allocator on a GPU, else resident memory of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Largest memory held so far, in bytes: by torch on a GPU that was used, else resident memory of the process."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
     if sys.platform == "linux":
         # Not getrusage: its figure is inherited from the process that started this one.
         status = Path("/proc/self/status").read_text()

@@ -38,16 +38,18 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_model(
     source: str | os.PathLike,
     dtype: str | torch.dtype = "auto",
-    device_map: Mapping[str, str | int | torch.device] | None = None,
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
     offload_folder: Path | None = None,
+    quantized: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model to prune: a causal language model, or of whatever kind its configuration says.
+    """Load a model: a causal language model, or of whatever kind its configuration says.
 
     Args:
         source: A Hub id, a folder that `save_pretrained` wrote, or a `.gguf` file, which is dequantised.
         dtype: A floating-point type or its name; `"auto"` is the type of the checkpoint, bfloat16 for GGUF.
         device_map: Where its modules go, as for `from_pretrained`; by default to the CPU. Not for GGUF.
         offload_folder: Where weights go that are offloaded to disk and are not in the checkpoint as in memory.
+        quantized: Whether it may be quantised, which it may not be to be pruned.
 
     Returns:
         The model in evaluation mode, and its tokenizer, or `None` if there are no tokenizer files.
@@ -65,7 +67,8 @@ def load_model(
         config_file = find_file(name, "config.json")
         if config_file is None:
             raise FileNotFoundError(_no_config(name, path))
-        check_not_quantized(name, config_file)
+        if not quantized:
+            check_not_quantized(name, config_file)
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
         model, info = model_class(config_file.parent).from_pretrained(

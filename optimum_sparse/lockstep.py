@@ -22,6 +22,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
+# Position after that of any stop.
+END = 2**62
+
 
 @dataclass(frozen=True)
 class Call:
@@ -48,6 +51,8 @@ class Lockstep:
         num_batches: How many batches there are.
         stops: Names of the stops, in the order in which they are reached.
         waiting: Gives a context, entered in a forward for as long as its batch is parked.
+        earliest: Gives the smallest of the positions, in the order of the stops, to which processes that run other
+            batches have come. All of them come to the same stops then, some perhaps with no batch.
 
     Attributes:
         late: For each stop, how many batches reached it only after it had come up, and so were not counted there.
@@ -59,9 +64,11 @@ class Lockstep:
         num_batches: int,
         stops: Iterable[Hashable],
         waiting: Callable[[int], AbstractContextManager[Any]] = lambda index: nullcontext(),
+        earliest: Callable[[int], int] = lambda position: position,
     ) -> None:
         self._forward = forward
         self._waiting = waiting
+        self._earliest = earliest
         self._num_batches = num_batches
         self._order = {stop: position for position, stop in enumerate(stops)}
         self._runs: list[_Run] = []
@@ -83,15 +90,16 @@ class Lockstep:
         while self._pending:
             for index in waiting:
                 self._runs[index].resume()
-            parked = [run.stop for run in self._runs if run.stop is not None]
-            if not parked:
+            parked = [self._order[run.stop] for run in self._runs if run.stop is not None]
+            position = self._earliest(min(parked, default=END))
+            if position == END:
                 return
-            stop = min(parked, key=self._order.__getitem__)
+            stop = next(stop for stop in self._order if self._order[stop] == position)
             waiting = [index for index, run in enumerate(self._runs) if run.stop == stop]
             yield stop, [Call(index, self._runs[index].payload) for index in waiting]
             # Under autocast, a cast of the old weight may have been kept.
             torch.clear_autocast_cache()
-            self._pending -= {s for s in self._pending if self._order[s] <= self._order[stop]}
+            self._pending -= {s for s in self._pending if self._order[s] <= position}
 
     def park(self, stop: Hashable, payload: Any) -> None:
         """Called in a forward that has come to `stop`: wait there for all others, unless the stop has come up."""

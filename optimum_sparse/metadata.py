@@ -166,11 +166,7 @@ def sparsity_config(
         "calibration_sha256": seen.get("sha256"),
         "num_tokens": seen.get("num_tokens"),
         **({"generation": seen["generation"]} if "generation" in seen else {}),
-        "versions": {
-            "optimum_sparse": __version__,
-            "torch": importlib.metadata.version("torch"),
-            "transformers": importlib.metadata.version("transformers"),
-        },
+        "versions": versions(),
         "matrices": {},
     }
     options = config.to_dict()
@@ -190,6 +186,15 @@ def sparsity_config(
     record["achieved_sparsity"] = _achieved(record["matrices"])
     json.dumps(record, allow_nan=False)  # a value that is not JSON would fail in the middle of saving the model
     return record
+
+
+def versions() -> dict[str, str]:
+    """Of the software that a result depends on."""
+    return {
+        "optimum_sparse": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+    }
 
 
 def recount(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,8 +42,32 @@ class NM:
 
 Pattern = Unstructured | NM
 
+
+@dataclass(frozen=True)
+class SharedRows(Sequence[int]):
+    """Row counts of stacked matrices, of whose rows the caller has one slice, and other processes have the rest.
+
+    Attributes:
+        sizes: The row counts of the whole matrices.
+        own: The caller's slice of all rows.
+        gather: Makes `[rows, columns]` of what each process has for its own rows; all of them call it together.
+    """
+
+    sizes: tuple[int, ...]
+    own: slice
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.sizes[index]
+
+
 # So many scores are looked at together if they come in rows, for what that takes in memory besides them.
 CHUNK = 2**22
+# On a GPU, fewer rows than this leave most of it idle if each is searched by itself.
+FEW_ROWS = 64
 
 
 def parse_pattern(sparsity: float | None, pattern: str | None) -> Pattern:
@@ -82,9 +107,31 @@ def keep_mask(
         return keep_all_but(grouped, pattern.m - pattern.n).reshape(scores.shape)
     if group == "output":
         return keep_all_but(scores, num_pruned(scores.shape[1], pattern.sparsity))
-    layers = scores.split(list(rows)) if rows else [scores]
-    masks = [keep_all_but(s.reshape(1, -1), num_pruned(s.numel(), pattern.sparsity)).reshape(s.shape) for s in layers]
-    return masks[0] if len(masks) == 1 else torch.cat(masks)
+
+    def keep(layer: torch.Tensor) -> torch.Tensor:
+        count = num_pruned(layer.numel(), pattern.sparsity)
+        return keep_all_but(layer.reshape(1, -1), count).reshape(layer.shape)
+
+    return by_matrix(scores, rows, keep)
+
+
+def by_matrix(
+    scores: torch.Tensor, rows: Sequence[int] | None, choose: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Choose among all weights of each matrix.
+
+    Args:
+        scores: `[rows, columns]` of stacked matrices; of `SharedRows` the caller's own.
+        rows: Row counts of the matrices, `None` if there is one.
+        choose: From the scores of a matrix to its mask.
+
+    Returns:
+        The masks, stacked as `scores`.
+    """
+    whole = rows.gather(scores) if isinstance(rows, SharedRows) else scores
+    masks = [choose(matrix) for matrix in whole.split(list(rows or whole.shape[:1]))]
+    mask = masks[0] if len(masks) == 1 else torch.cat(masks)
+    return mask[rows.own] if isinstance(rows, SharedRows) else mask
 
 
 def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,7 +149,19 @@ def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
     height = max(1, CHUNK // scores.shape[1])
     if len(scores) > height:
         return torch.cat([keep_all_but(part, count) for part in scores.split(height)])
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    threshold = _kth_smallest(scores, count)
     below, tied = scores < threshold, scores == threshold
     room = count - below.sum(dim=1, keepdim=True)
     return ~(below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room)))
+
+
+def _kth_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count`-th smallest score of each row, `[rows, 1]`."""
+    if _sorts(scores.device, *scores.shape):
+        return scores.sort(dim=1).values[:, count - 1 : count]
+    return scores.kthvalue(count, dim=1, keepdim=True).values
+
+
+def _sorts(device: torch.device, rows: int, columns: int) -> bool:
+    """Whether to sort: `kthvalue` has one thread block for each row there, and sorting has all of them."""
+    return device.type == "cuda" and rows < FEW_ROWS and rows * columns <= CHUNK

@@ -18,20 +18,20 @@ from . import metadata
 from .calibration import load_calibration
 from .checkpoint import convert
 from .config import SparseConfig
+from .depth import DepthError
+from .distributed import Processes
 from .estimate import parse_size, peak_memory
-from .matrices import find_matrices
+from .matrices import find_blocks, find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
 from .quantization import Grid, write_grids
-from .report import SparsityReport
+from .report import REPORT_FILE, SparsityReport, take_pictures
 from .run import PruningRun
 from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 
 Model = TypeVar("Model", bound=nn.Module)
-
-REPORT_FILE = "sparsity_report.json"
 
 
 class SparsePruner:
@@ -67,6 +67,7 @@ class SparsePruner:
         self.config = config
         self.progress = progress
         self.report: SparsityReport | None = None
+        self._grids: dict[str, Grid] = {}
 
     def prune(
         self,
@@ -84,6 +85,9 @@ class SparsePruner:
 
         Weights that Accelerate offloads (`device_map`, `cpu_offload`, `disk_offload`) come in for one block at a time.
         Pruned ones go back to memory, or to new files in the offload folder; the source is never written to.
+
+        Of several processes, started by `accelerate launch` or `torchrun`, each calls this with the whole model and
+        the same arguments. They share out the calibration data and the rows to solve, and all have the result.
 
         Args:
             model: A model in evaluation mode, of Transformers or any other `nn.Module`.
@@ -113,7 +117,9 @@ class SparsePruner:
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
         started = time.perf_counter()
-        with torch.no_grad(), _one_expert_at_a_time(model), Progress(self.progress, self.config) as progress:
+        processes = Processes()
+        shown = self.progress and processes.is_main
+        with torch.no_grad(), _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:
@@ -126,15 +132,27 @@ class SparsePruner:
                 report.seconds["calibration data"] = time.perf_counter() - started
             folder = None if resume_from is None else Path(resume_from)
             limit = None if max_memory is None else parse_size(max_memory)
-            run = PruningRun(model, self.config, report, progress, batches, activation_device, folder, limit)
-            matrices = run.prune()
+            run = PruningRun(
+                model, self.config, report, progress, processes, batches, activation_device, folder, limit
+            )
+            # Of a model that is offloaded, one more forward would read all of it once more.
+            depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
+            with depth.watching():
+                matrices = run.prune()
+            self._grids = run.grids
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
+            report.memory = {} if run.plan is None else {what: size for what, size in run.plan.memory.items() if size}
+            report.depth_error = depth.measure() if report.calibration else {}
+            report.pictures = take_pictures(matrices)
+            report.command = _code(report.config, given=dataset is not None)
+            report.versions = metadata.versions()
             if isinstance(model, PreTrainedModel):
                 model.config.sparsity_config = metadata.sparsity_config(
                     model, run.config, matrices, report.calibration
                 )
+                report.model = model.config.sparsity_config["base_model"]
             progress.say(report.table())
         return model
 
@@ -149,7 +167,7 @@ class SparsePruner:
         """Write a plain dense checkpoint, with zeros, that loads everywhere, or a packed one, without them.
 
         `sparsity_config` is recomputed from the weights as they are now. The files replace older ones only when all
-        of them are complete.
+        of them are complete. Of several processes the main one writes, and the others do not wait for it.
 
         Args:
             model: The pruned model.
@@ -164,6 +182,8 @@ class SparsePruner:
                 that its weights are offloaded to.
             OSError: Writing failed; what was in `directory` is unchanged.
         """
+        if not Processes().is_main:
+            return
         check_target(model, directory)
         model.config.sparsity_config = metadata.recount(model, self._metadata(model), self._grids)
         with replace_folder(directory) as folder, savable(model):
@@ -178,6 +198,10 @@ class SparsePruner:
             if "quantization" in model.config.sparsity_config:
                 write_grids(folder / GRIDS_FILE, self._grids)
             if self.report is not None:
+                self.report.sizes = {
+                    "dense": sum(p.numel() * p.element_size() for p in model.parameters()),
+                    "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                }
                 self.report.to_json(folder / REPORT_FILE)
 
     def push_to_hub(
@@ -190,7 +214,7 @@ class SparsePruner:
         commit_message: str | None = None,
         compressed: bool = False,
     ) -> str:
-        """Upload weights, tokenizer, report and model card in one commit.
+        """Upload weights, tokenizer, report and model card in one commit, from the main process if there are several.
 
         Args:
             model: The pruned model.
@@ -202,10 +226,12 @@ class SparsePruner:
             compressed: As of `save`.
 
         Returns:
-            URL of the commit.
+            URL of the commit; empty in the other processes.
         """
-        from .integrations.hub import model_card, push_folder
+        from .integrations.hub import model_card, push_folder, save_card
 
+        if not Processes().is_main:
+            return ""
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
             name = type(model).__name__
@@ -216,7 +242,7 @@ class SparsePruner:
                 "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
                 compressed,
             )
-            card.save(Path(folder, "README.md"))
+            save_card(card, folder, self.report)
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,10 +257,6 @@ class SparsePruner:
             ValueError: As `SparseConfig.from_dict`.
         """
         return cls(SparseConfig.from_dict(options))
-
-    @property
-    def _grids(self) -> dict[str, Grid]:
-        return {} if self.report is None else self.report.grids
 
     def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):
@@ -263,6 +285,21 @@ def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(implementation)
+
+
+def _code(options: Mapping[str, Any], given: bool) -> str:
+    """The Python code that prunes with these options of `SparseConfig`, and with data given to `prune` or not."""
+    default = SparseConfig().to_dict()
+    texts = [
+        f"{name}={value!r}"
+        for name, value in options.items()
+        if value != default[name] and not (given and name == "dataset")
+    ]
+    return (
+        "from optimum_sparse import SparsePruner\n\n"
+        f"pruner = SparsePruner({', '.join(texts)})\n"
+        f"pruner.prune(model, tokenizer{', dataset' if given else ''})"
+    )
 
 
 def _dummy_batch(model: nn.Module) -> dict[str, Any]:

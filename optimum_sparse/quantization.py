@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -68,9 +68,9 @@ class Grid:
         """The same grid on another device."""
         return replace(self, scale=self.scale.to(device), zero=self.zero.to(device))
 
-    def split(self, rows: list[int]) -> list[Self]:
+    def split(self, rows: Sequence[int]) -> list[Self]:
         """The grids of stacked matrices."""
-        parts = zip(self.scale.split(rows), self.zero.split(rows), strict=True)
+        parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)
         return [replace(self, scale=scale, zero=zero) for scale, zero in parts]
 
     def _of_inputs(self, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +112,15 @@ class Rounding:
             values = torch.cat([columns[first - start : last - start], self._weight[:, stop:last].T])
             self._scale[group], self._zero[group] = _find(values, self._bits, self._symmetric)
 
-    def column(self, weights: torch.Tensor, index: int) -> torch.Tensor:
-        """The value nearest to each weight of a column, `[rows]`, whose grid has been found."""
-        group = index // self._size
+    def column(self, weights: torch.Tensor, index: int, start: int = 0) -> torch.Tensor:
+        """The value nearest to each weight of a column, `[rows]`, whose grid has been found.
+
+        Args:
+            weights: The column.
+            index: Which input it is, counted from `start`.
+            start: As of `enter`.
+        """
+        group = (start + index) // self._size
         return _round(weights, self._scale[group], self._zero[group], self._bits)
 
     @property

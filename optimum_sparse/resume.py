@@ -17,9 +17,10 @@ from torch import nn
 
 from . import __version__
 from .config import SparseConfig
+from .distributed import Processes
 from .matrices import PrunableMatrix
 from .offload import Residency, execution_device, value_of
-from .quantization import read_grids, write_grids
+from .quantization import Grid, read_grids, write_grids
 from .report import MatrixReport, SparsityReport
 from .saving import replace_file, write_tensors
 from .spill import ACTIVATIONS_FOLDER
@@ -42,6 +43,8 @@ class Steps:
         model: The model, before anything is changed.
         residency: Its offloaded weights.
         report: Gets the entries of the steps that were done before; has those of the others.
+        grids: The same of what matrices were rounded to, by name.
+        processes: All of them read the files, the main one writes them.
         folder: Where the files are, or will be; `None` to keep nothing.
         depends_on: What the result of the run depends on besides the model and the steps, as pure JSON.
 
@@ -59,11 +62,15 @@ class Steps:
         model: nn.Module,
         residency: Residency,
         report: SparsityReport,
+        grids: dict[str, Grid],
+        processes: Processes,
         folder: Path | None,
         depends_on: Mapping[str, Any],
     ) -> None:
         self._residency = residency
         self._report = report
+        self._grids = grids
+        self._processes = processes
         self._folder = folder
         self._order = {step: position for position, step in enumerate(members)}
         self._matrices = {matrix.name: matrix for matrices in members.values() for matrix in matrices}
@@ -72,9 +79,12 @@ class Steps:
         done = 0
         if folder is not None:
             names = [[matrix.name for matrix in matrices] for matrices in members.values()]
-            _open(folder, {**_fingerprint(model), **depends_on, "steps": digest([json.dumps(names).encode()])})
+            steps = digest([json.dumps(names).encode()])
+            with processes.main_first():
+                _open(folder, {**fingerprint(model), **depends_on, "steps": steps})
             for file in sorted(folder.glob(FILES)):
                 done = self._take_up(file)
+            processes.wait()
         self._num_saved = len(report.matrices)
         self.left = frozenset(step for step, position in self._order.items() if position >= done)
 
@@ -84,10 +94,11 @@ class Steps:
         self._residency.restore(file)
         grids = file.with_name(f"{GRIDS}{file.name}")
         if grids.is_file():
-            self._report.grids |= read_grids(grids)
+            self._grids |= read_grids(grids)
         self._report.matrices += [_entry(fields) for fields in record["entries"]]
         steps = list(self._order)
-        self.late = Counter({steps[position]: count for position, count in record["late"]})
+        if self._processes.is_main:  # the counts are those of all
+            self.late = Counter({steps[position]: count for position, count in record["late"]})
         return record["done"]
 
     def did(self, step: Any) -> None:
@@ -103,21 +114,28 @@ class Steps:
         """All steps are done, or came to nothing."""
         self._save(len(self._order))
 
+    def all_late(self) -> Counter[Any]:
+        """`late`, of all processes together."""
+        counts = self._processes.totals(*(self.late[step] for step in self._order))
+        return Counter({step: count for step, count in zip(self._order, counts, strict=True) if count})
+
     def _save(self, done: int) -> None:
         entries = self._report.matrices[self._num_saved :]
         if self._folder is None or not entries:
             return
         self._num_saved += len(entries)
-        late = [(self._order[step], count) for step, count in self.late.items()]
+        late = [(self._order[step], count) for step, count in self.all_late().items()]
         record = {"done": done, "late": late, "entries": [dataclasses.asdict(entry) for entry in entries]}
         changed = {matrix.view.parameter: matrix for entry in entries for matrix in [self._matrices[entry.name]]}
         path = self._folder / f"{done:06}.safetensors"
         with self._residency.holding(changed):
-            grids = {e.name: self._report.grids[e.name] for e in entries if e.name in self._report.grids}
-            if grids:  # before the weights, whose file says that all is there
+            grids = {entry.name: self._grids[entry.name] for entry in entries if entry.name in self._grids}
+            if grids and self._processes.is_main:  # before the weights, whose file says that all is there
                 write_grids(path.with_name(f"{GRIDS}{path.name}"), grids)
             tensors = {name: matrix.parameter for name, matrix in changed.items()}
-            write_tensors(path, tensors, {"record": json.dumps(record)})
+            if self._processes.is_main:
+                write_tensors(path, tensors, {"record": json.dumps(record)})
+            self._processes.wait()
             self._residency.saved(path, tensors)
 
 
@@ -152,13 +170,14 @@ def _open(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         _compare(folder, json.loads(file.read_text(encoding="utf-8")), fingerprint)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if {path.name for path in folder.iterdir()} - {f".{FINGERPRINT_FILE}.tmp", ACTIVATIONS_FOLDER}:
+    others = {path.name for path in folder.iterdir() if not path.name.startswith(f"{ACTIVATIONS_FOLDER}-")}
+    if others - {f".{FINGERPRINT_FILE}.tmp"}:
         raise ValueError(f"{folder} has other files than those of an interrupted run: name a folder of its own.")
     with replace_file(file) as temporary:
         temporary.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
 
 
-def _fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module) -> dict[str, Any]:
     """The model, of whose weights a sample is taken, and what computes with it."""
     packages = ("torch", "transformers")
     versions = {"optimum_sparse": __version__, **{name: importlib.metadata.version(name) for name in packages}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import shutil
 import tempfile
@@ -20,16 +21,19 @@ from torch import nn
 
 from .calibration.batches import split_rows
 from .config import SparseConfig
+from .distributed import Processes
 from .estimate import available_memory, duration, held_memory, num_tokens, run_seconds
 from .experts import Experts, Routed
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, text_models
+from .methods import METHODS, fused
 from .offload import Residency, execution_device
 from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
 from .progress import Progress
+from .quantization import Grid
 from .report import SparsityReport
-from .resume import Steps, depends_on
+from .resume import Steps, depends_on, digest, fingerprint
 from .solver import Clock, Group, Solved, Solver
 from .spill import Activations
 from .statistics import Statistics
@@ -53,6 +57,7 @@ class PruningRun:
         config: How to prune it.
         report: Filled along the way.
         progress: What a person sees of it.
+        processes: Those that run together, each with the whole model and the same arguments.
         batches: Calibration batches; for a method that needs none, batches that show how the model works.
         activation_device: Where the activations of waiting batches are: `"cpu"`, `"disk"`, or `None` for the device
             that they are computed on.
@@ -73,6 +78,7 @@ class PruningRun:
         config: SparseConfig,
         report: SparsityReport,
         progress: Progress,
+        processes: Processes,
         batches: Sequence[Mapping[str, Any]],
         activation_device: str | None = None,
         folder: Path | None = None,
@@ -83,17 +89,23 @@ class PruningRun:
         self.plan: Plan | None = None
         self._report = report
         self._progress = progress
-        self._batches = batches
+        self._processes = processes
+        self._given = self._batches = batches
         self._forward = _forward(model)
         self._blocks = find_blocks(model)
         self._parameters = Watched({weight.parameter: weight.value for weight in find_weights(model)})
         self._residency = Residency(model, self._blocks, self._parameters)
         self._activation_device = activation_device
         self._max_memory = max_memory
-        self._solver = Solver(config, report, progress, self._residency)
+        self._solver = Solver(config, report, progress, self._residency, processes)
         self._folder = folder
         self._paddings = [Padding.of(batch) for batch in batches]
         self._text = text_models(model)
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """What matrices were rounded to, by name, if they were."""
+        return self._solver.grids
 
     def prune(self) -> list[PrunableMatrix]:
         """Prune the model, and return what was pruned."""
@@ -102,6 +114,10 @@ class PruningRun:
 
     def _prune(self) -> list[PrunableMatrix]:
         data_free = self._solver.statistics is None
+        self._check_processes()
+        rounds = self.config.quantization is not None
+        slow = fused.missing(execution_device(self._model), rounds) if METHODS[self.config.method].sweeps else None
+        self._report.notes += [slow] if slow else []
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
         self._progress.start(len(matrices))
@@ -116,6 +132,35 @@ class PruningRun:
                     "did not run on the calibration data, or only past its first tokens"
                 )
         return [matrix for matrix in matrices if matrix.name in done]
+
+    def _check_processes(self) -> None:
+        """See that the processes have the same of everything, before they rely on it."""
+        if self._processes.count > 1:
+            self._processes.check_device(execution_device(self._model))
+            options, data = depends_on(self.config, self._batches).values()
+            facts = {"model": fingerprint(self._model), "configuration": options}
+            digests = {name: digest([json.dumps(fact).encode()]) for name, fact in facts.items()}
+            self._processes.check_same({**digests, "calibration data": data})
+            if not self._solver.shares_rows:
+                self._report.notes.append("each process solved all rows: the method or the refinement needs them all")
+
+    def _share_out(self) -> None:
+        """Of the calibration batches, keep those of this process.
+
+        Raises:
+            ValueError: They are fewer than the processes.
+        """
+        count = self._processes.count
+        if len(self._batches) < count:
+            size = max(1, sum(map(_num_rows, self._batches)) // count)
+            self._batches = [part for batch in self._batches for part in split_rows(batch, size)]
+        if len(self._batches) < count:
+            raise ValueError(
+                f"{len(self._batches)} calibration samples cannot be shared out to {count} processes: give more "
+                "samples, or launch fewer processes."
+            )
+        self._batches = self._batches[self._processes.index :: count]
+        self._paddings = [Padding.of(batch) for batch in self._batches]
 
     def _probe(self, data_free: bool) -> Trace | None:
         """See on short batches which weights are used, in which order, and which share their inputs."""
@@ -157,6 +202,7 @@ class PruningRun:
             stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in stops
         }
         repeated: list[Group] = [[matrix] for matrix in matrices if matrix.view in seen.repeated]
+        self._share_out()
         self._make_plan([*filter(None, groups.values()), *repeated])
         stages = {stop: [group] if group else [] for stop, group in groups.items()}
         if self.config.true_sequential is False:
@@ -175,20 +221,24 @@ class PruningRun:
 
     def _steps(self, members: Mapping[Any, Iterable[PrunableMatrix]]) -> Steps:
         """The steps that prune matrices, with what was done of them before."""
+        rows = None if self.plan is None else self.plan.batch_rows
+        how = {"processes": self._processes.count, "windows per forward": rows}
         return Steps(
             {step: list(matrices) for step, matrices in members.items()},
             self._model,
             self._residency,
             self._report,
+            self._solver.grids,
+            self._processes,
             self._folder,
-            depends_on(self.config, self._batches),
+            {**depends_on(self.config, self._given), **how},
         )
 
     def _make_plan(self, groups: Sequence[Group]) -> None:
         """Choose how to run within the memory that there is, and say what it will take."""
         device = execution_device(self._model)
         batch = _shortened(self._batches[0])
-        short, tokens = num_tokens(batch), sum(map(num_tokens, self._batches))
+        short, tokens = num_tokens(batch), self._processes.most(sum(map(num_tokens, self._batches)))
         with self._solver.timed("probe") as clock:
             # The probe has paid for warming up.
             footprint = measure(self._forward, batch, short, self._parameters, self._model, self._blocks)
@@ -196,28 +246,30 @@ class PruningRun:
         self._residency.settle()
         numbers = [GroupShape.of(group, footprint) for group in groups]
         largest = max(self._batches, key=num_tokens)
-        rows = max(len(value) for value in largest.values() if isinstance(value, torch.Tensor) and value.ndim)
-        held = held_memory(device)
+        rows = self._processes.most(_num_rows(largest))
+        held = self._processes.most(held_memory(device))
         files = self._folder if self._folder is not None and self._folder.is_dir() else Path(tempfile.gettempdir())
         work = Workload(
             groups=numbers,
             tokens=tokens,
             batch_rows=rows,
-            row_tokens=-(-num_tokens(largest) // rows),
+            row_tokens=self._processes.most(-(-num_tokens(largest) // _num_rows(largest))),
             footprint=footprint,
             held=held,
-            units=self._residency.most_bytes,
-            cpu=None if device.type == "cpu" else available_memory(torch.device("cpu")),
-            disk=shutil.disk_usage(files).free,
+            units=self._processes.most(self._residency.most_bytes),
+            cpu=None if device.type == "cpu" else self._processes.least(self._available(torch.device("cpu"))),
+            disk=self._processes.least(shutil.disk_usage(files).free // self._processes.num_local),
         )
-        self._max_memory = held + available_memory(device) if self._max_memory is None else self._max_memory
+        room = held + self._processes.least(self._available(device))
+        self._max_memory = room if self._max_memory is None else self._max_memory
         self.plan = plan = make_plan(work, self.config, self._max_memory, self._activation_device)
         if not plan.true_sequential:
             self.config = replace(self.config, true_sequential=False)
-        self._activations = Activations(plan.activation_device, self._folder)
+        self._activations = Activations(plan.activation_device, self._folder, self._processes.index)
         if plan.batch_rows < rows:
             self._batches = [part for batch in self._batches for part in split_rows(batch, plan.batch_rows)]
             self._paddings = [Padding.of(batch) for batch in self._batches]
+        (self._num_batches,) = self._processes.totals(len(self._batches))
         time = duration(run_seconds(numbers, tokens, seconds * tokens / short, self.config))
         self._progress.say(f"{sum(map(len, groups))} matrices, {tokens:,} calibration tokens: about {time}\n{plan}")
 
@@ -259,8 +311,8 @@ class PruningRun:
                 elif stop in steps.left:
                     self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
                 steps.did(stop)
-        for stop, batches in steps.late.items():
-            late = f"{batches} of {len(self._batches)} batches came to it only after it was pruned and do not count"
+        for stop, batches in steps.all_late().items():
+            late = f"{batches} of {self._num_batches} batches came to it only after it was pruned and do not count"
             self._report.notes += [f"{matrix.name}: {late}" for matrix in chain(*stages[stop])]
 
     @contextmanager
@@ -277,7 +329,7 @@ class PruningRun:
             with self._watching(index, park), self._activations.computing(index):
                 self._forward(self._batches[index])
 
-        lockstep = Lockstep(forward, len(self._batches), stops, self._activations.away)
+        lockstep = Lockstep(forward, len(self._batches), stops, self._activations.away, self._processes.least)
         entered = {name: partial(lockstep.park, name) for name in stops if isinstance(name, str)}
         with self._residency.forwards(len(self._batches)), self._at_entries(entered), lockstep:
             yield lockstep
@@ -318,14 +370,16 @@ class PruningRun:
         with self._solver.timed("statistics") as clock:
             statistics = self._solver.new_statistics(group[0])
             num_layer = sum(self._add(statistics, call.payload, call.batch) for call in calls)
-            share = (
-                self._layer_share(statistics, group[0], num_layer) if calls[0].payload.together is not None else 0.0
-            )
+            statistics.add_up(self._processes)
+            together = sum(call.payload.together is not None for call in calls)
+            num_layer, together = self._processes.totals(num_layer, together)
+            share = self._layer_share(statistics, group[0], num_layer) if together else 0.0
             if share:
                 layer = self._solver.new_statistics(group[0])
                 for call in calls:
                     for inputs in call.payload.together:
                         self._add(layer, replace(call.payload, inputs=inputs), call.batch)
+                layer.add_up(self._processes)
                 statistics = statistics.blended(layer, share)
             seconds = clock.elapsed
         self._solver.write(self._solver.solve(group, statistics, seconds, share))
@@ -374,10 +428,12 @@ class PruningRun:
         for stop, group in groups.items():
             if group and group[0].is_part and experts.hold(group[0].view):
                 by_expert[group[0].view.part].append((stop, group))
-        for expert, mine in by_expert.items():
+        routed = [experts.num_routed(expert) for expert in by_expert]
+        num_tokens, *routed = self._processes.totals(experts.num_tokens, *routed)
+        for (_, mine), num_routed in zip(by_expert.items(), routed, strict=True):
             counted = self._solver.new_statistics(mine[0][1][0])
-            counted.num_tokens = experts.num_routed(expert)
-            shares = [self._layer_share(counted, group[0], experts.num_tokens) for _, group in mine]
+            counted.num_tokens = num_routed
+            shares = [self._layer_share(counted, group[0], num_tokens) for _, group in mine]
             # All matrices of an expert or none, so that each one sees what comes out of those before it.
             for (stop, group), share in zip(mine, shares, strict=True) if any(shares) else ():
                 with self._solver.timed("statistics") as clock:
@@ -408,6 +464,7 @@ class PruningRun:
         statistics = self._solver.new_statistics(matrix)
         for inputs in experts.inputs(matrix.parameter, matrix.view, everyone):
             statistics.add(inputs)
+        statistics.add_up(self._processes)
         return statistics
 
     # Statistics of many matrices at once.
@@ -433,7 +490,12 @@ class PruningRun:
 
         @cache
         def modules() -> list[Experts]:
-            return [self._experts(lockstep, name, batches) for name, batches in entered.items() if batches]
+            num_entered = self._processes.totals(*map(len, entered.values()))
+            return [
+                self._experts(lockstep, name, batches)
+                for (name, batches), number in zip(entered.items(), num_entered, strict=True)
+                if number
+            ]
 
         def experts(matrix: PrunableMatrix) -> Experts | None:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
@@ -483,8 +545,9 @@ class PruningRun:
                 if share:
                     layer = self._solver.new_statistics(matrix)
                     forwards(partial(self._add_parts, layer, matrix.view.parameter))
+                    layer.add_up(self._processes)
             elif module is not None:
-                share = self._layer_share(own, matrix, module.num_tokens)
+                share = self._layer_share(own, matrix, *self._processes.totals(module.num_tokens))
                 layer = self._shown(module, matrix, everyone=True) if share else own
             seconds = tally.seconds + clock.elapsed
         if not layer.num_tokens:
@@ -507,16 +570,20 @@ class PruningRun:
                 yield chunk
                 chunk = []
             if not chunk:
-                room = MEMORY_SHARE * self._free_memory(group[0].device)
+                room = MEMORY_SHARE * self._processes.least(self._free_memory(group[0].device))
             chunk.append(group)
             room -= size
         if chunk:
             yield chunk
 
-    def _free_memory(self, device: torch.device) -> float:
+    def _free_memory(self, device: torch.device) -> int:
         """Bytes that may still be taken on the device that computes."""
-        free = available_memory(device)
+        free = self._available(device)
         return free if self._max_memory is None else min(free, self._max_memory - held_memory(device))
+
+    def _available(self, device: torch.device) -> int:
+        """Bytes that are free on a device, for each of the processes that use it."""
+        return available_memory(device) // (self._processes.num_local if device.type == "cpu" else 1)
 
     def _collect(self, groups: Sequence[Group], forwards: Callable[[OnUse], None]) -> list[_Tally]:
         """Statistics of the inputs of each group along forwards."""
@@ -539,6 +606,10 @@ class PruningRun:
         forwards(on_use)
         busy = self._report.seconds.get("statistics", 0.0) - busy
         self._solver.spend("forward", clock.elapsed - busy)
+        with self._solver.timed("statistics"):
+            for tally in tallies:
+                tally.statistics.add_up(self._processes)
+                (tally.num_together,) = self._processes.totals(tally.num_together)
         return tallies
 
 
@@ -561,6 +632,10 @@ def _forward(model: nn.Module) -> Callable[[Mapping[str, Any]], None]:
         model(**{**inputs, **options})
 
     return forward
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    return max(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def _shortened(batch: Mapping[str, Any], length: int = 256) -> dict[str, Any]:

@@ -25,6 +25,9 @@ WEIGHT_FILES = (
     GRIDS_FILE,
 )
 
+# How the names of folders begin that a save is written to before it replaces the target's files.
+TEMPORARY = ".saving-"
+
 
 @contextmanager
 def replace_folder(directory: str | Path) -> Iterator[Path]:
@@ -40,8 +43,10 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: name a folder to save into.")
     directory.mkdir(parents=True, exist_ok=True)
+    for left_behind in directory.glob(f"{TEMPORARY}*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left_behind, ignore_errors=True)
     # Beside the target, hence on the same disk, so that the moves are renames.
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=directory))
     try:
         yield temporary
         new = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]

@@ -7,16 +7,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from .config import SparseConfig
+from .distributed import Processes
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
 from .methods.quantize import quantize
 from .methods.refine import refine
 from .methods.threads import one_thread
 from .offload import Residency
+from .patterns import SharedRows
+from .precision import full_precision
 from .progress import Progress
 from .quantization import Grid
 from .report import MatrixReport, SparsityReport
@@ -44,13 +48,27 @@ class Solved:
 class Solver:
     """Solves and writes matrices, and keeps the record of it."""
 
-    def __init__(self, config: SparseConfig, report: SparsityReport, progress: Progress, residency: Residency) -> None:
+    def __init__(
+        self,
+        config: SparseConfig,
+        report: SparsityReport,
+        progress: Progress,
+        residency: Residency,
+        processes: Processes,
+    ) -> None:
         self.statistics = statistics_for(config)
         self._method = METHODS[config.method]
         self._config = config
         self._report = report
         self._progress = progress
         self._residency = residency
+        self._processes = processes
+        self.grids: dict[str, Grid] = {}
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether processes can each solve some of the rows."""
+        return self._method.apart and not self._config.refine and not self._config.quantization
 
     def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
         """Empty statistics for the inputs of a matrix."""
@@ -73,7 +91,7 @@ class Solver:
             for pattern in dict.fromkeys(matrix.pattern for matrix in group):
                 stack = [matrix for matrix in group if matrix.pattern == pattern]
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
-                with torch.autocast(stack[0].device.type, enabled=False), self._threads_for(stack):
+                with torch.autocast(stack[0].device.type, enabled=False), full_precision(), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight
@@ -89,9 +107,9 @@ class Solver:
                 one.matrix.write(one.weight)
             self._report.matrices.append(one.entry)
             if one.grid is not None:
-                self._report.grids[one.matrix.name] = one.grid.to("cpu")
+                self.grids[one.matrix.name] = one.grid.to("cpu")
             self._progress.step(one.entry)
-            for note in one.entry.notes:
+            for note in one.entry.notes if self._processes.is_main else ():
                 logger.warning("%s: %s.", one.matrix.name, note)
 
     @contextmanager
@@ -125,7 +143,12 @@ class Solver:
                 f"The inputs of {names} contain NaN or infinity: load the model in bfloat16 or float32 instead of "
                 "float16, and check that its weights and the calibration data are sound."
             )
-        rows = [matrix.shape[0] for matrix in stack]
+        sizes = tuple(matrix.shape[0] for matrix in stack)
+        rows: Sequence[int] = sizes
+        gather = partial(self._processes.gather, rows=len(weight)) if self._is_shared(len(weight)) else None
+        if gather is not None:
+            rows = SharedRows(sizes, self._processes.share(len(weight)), gather)
+            weight = weight[rows.own]
         try:
             solution = self._method.solve(weight, statistics, stack[0].pattern, self._config, rows)
             if self._config.refine:
@@ -140,14 +163,23 @@ class Solver:
         if statistics is not None:
             energy = statistics.output_energy(weight)
             lost = statistics.output_energy(weight.sub_(solution.weight))
+            if gather is not None:
+                energy, lost = gather(energy), gather(lost)
             errors = [
                 (part.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
-                for part, whole in zip(lost.split(rows), energy.split(rows), strict=True)
+                for part, whole in zip(lost.split(sizes), energy.split(sizes), strict=True)
             ]
-        parts = zip(solution.weight.split(rows), solution.mask.split(rows), strict=True)
-        grids = [None] * len(stack) if solution.grid is None else solution.grid.split(rows)
+        if gather is not None:
+            solution = replace(solution, weight=gather(solution.weight), mask=gather(solution.mask))
+        parts = zip(solution.weight.split(sizes), solution.mask.split(sizes), strict=True)
+        grids = [None] * len(stack) if solution.grid is None else solution.grid.split(sizes)
         solutions = [replace(solution, weight=p, mask=m, grid=g) for (p, m), g in zip(parts, grids, strict=True)]
         return solutions, errors
+
+    def _is_shared(self, num_rows: int) -> bool:
+        """Whether so many rows are shared out: if there are some for each process."""
+        last = self._processes.share(num_rows, self._processes.count - 1)
+        return self._processes.count > 1 and self.shares_rows and last.start < last.stop
 
     def _entry(
         self,
@@ -185,9 +217,16 @@ class Clock:
     """Time since it was made."""
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = _now()
 
     @property
     def elapsed(self) -> float:
         """Seconds so far."""
-        return time.perf_counter() - self._started
+        return _now() - self._started
+
+
+def _now() -> float:
+    """The time once a GPU has done what it was given, which else would count for whoever waits for it next."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

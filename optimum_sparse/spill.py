@@ -43,11 +43,13 @@ class Activations:
     Args:
         device: `"cpu"` or `"disk"` to move it there, `None` to leave it where it is.
         folder: Where a folder for files is made; by default where the system has its temporary files.
+        process: Which of several processes that have the same `folder` this is.
     """
 
-    def __init__(self, device: str | None, folder: Path | None = None) -> None:
+    def __init__(self, device: str | None, folder: Path | None = None, process: int = 0) -> None:
         self._device = device
         self._parent: Any = folder
+        self._name = f"{ACTIVATIONS_FOLDER}-{process}"
         # The memory that each batch has allocated and still holds.
         self._owned: dict[int, weakref.WeakSet[torch.UntypedStorage]] = defaultdict(weakref.WeakSet)
         self._away: dict[torch.UntypedStorage, _Away] = {}
@@ -56,7 +58,7 @@ class Activations:
         if self._device == "disk" and self._parent is None:
             self._folder = Path(tempfile.mkdtemp(prefix="activations-"))
         elif self._device == "disk":
-            self._folder = self._parent / ACTIVATIONS_FOLDER
+            self._folder = self._parent / self._name
             shutil.rmtree(self._folder, ignore_errors=True)  # left behind by a run that was killed
             self._folder.mkdir(parents=True)
         return self

@@ -8,9 +8,14 @@ from typing import Self
 
 import torch
 
+from .distributed import Processes
+from .precision import exact_in_half, full_precision
+
 # Columns per panel of the Gram matrix: only panels on and above the diagonal are computed, which halves the work,
 # and 256 columns are wide enough for the matrix product to run at full speed.
 PANEL = 256
+# On a GPU, products of that width do not reach full speed; a multiple, so that the blocks on the diagonal stay whole.
+PANEL_GPU = 1024
 
 
 class Statistics(ABC):
@@ -54,6 +59,11 @@ class Statistics(ABC):
         Args:
             weight: `[rows, in_features]` fp32.
         """
+
+    def add_up(self, processes: Processes) -> None:
+        """Make them those of the tokens of all processes."""
+        processes.sum_(self._sums)
+        (self.num_tokens,) = processes.totals(self.num_tokens)
 
     def blended(self, layer: Self, share: float) -> Self:
         """The statistics of an expert with few tokens, shrunk towards those of its whole layer.
@@ -120,10 +130,20 @@ class GramStatistics(Statistics):
         """As in `Statistics`."""
         self.num_tokens += inputs.shape[0]
         vars(self).pop("gram", None)
-        inputs = inputs.float()
-        for start in range(0, inputs.shape[1], PANEL):
-            panel = inputs[:, start : start + PANEL]
-            self._sums[start : start + PANEL, start:].addmm_(panel.T, inputs[:, start:])
+        half = exact_in_half(inputs)
+        inputs, width = (inputs, PANEL_GPU) if half else (inputs.float(), PANEL)
+        with full_precision():
+            for start in range(0, inputs.shape[1], width):
+                panel, sums = inputs[:, start : start + width], self._sums[start : start + width, start:]
+                if half:
+                    sums += torch.mm(panel.T, inputs[:, start:], out_dtype=torch.float32)
+                else:
+                    sums.addmm_(panel.T, inputs[:, start:])
+
+    def add_up(self, processes: Processes) -> None:
+        """As in `Statistics`."""
+        super().add_up(processes)
+        vars(self).pop("gram", None)
 
     @cached_property
     def gram(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -151,7 +152,9 @@ class _Probe(WeightUses):
         self.routers: set[View] = set()
         self.copied: set[str] = set()
         self._running: list[str] = []
-        self._alive: list[torch.Tensor] = []  # so that no later tensor gets the address of an earlier one
+        # Memory by number: an address may come up again, and to keep all of it would take as much as there are blocks.
+        self._numbers: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        self._empty: list[torch.Tensor] = []  # has no memory of its own, so that the id must not come up again
         self._used: list[View] = []  # in the function that is being called
         self._scores: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> weights whose outputs it holds
         self._copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> parameters it was computed from
@@ -182,10 +185,18 @@ class _Probe(WeightUses):
             self.events.append((name, object()))
 
     def _note(self, use: Use) -> None:
-        self._alive.append(use.inputs)
         self._used.append(use.view)
-        self.events.append((use.view, _input_key(use.inputs)))
+        self.events.append((use.view, self._key(use.inputs)))
         self.blocks.setdefault(use.view, self._running[-1] if self._running else None)
+
+    def _key(self, inputs: torch.Tensor) -> Hashable:
+        """Equal for two tensors only if they hold the same rows: the same memory, not written to in between."""
+        if inputs.numel() == 0:
+            self._empty.append(inputs)
+            return id(inputs)
+        number = self._numbers.setdefault(inputs.untyped_storage(), len(self.events))
+        version = 0 if inputs.is_inference() else inputs._version
+        return number, inputs.storage_offset(), inputs.numel(), inputs.shape[-1], inputs.stride(), version
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -250,15 +261,6 @@ def _along(result: torch.Tensor, source: torch.Tensor) -> bool:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _input_key(inputs: torch.Tensor) -> Hashable:
-    """Equal for two live tensors only if they hold the same rows: the same memory, not written to in between."""
-    if inputs.numel() == 0:
-        return id(inputs)  # empty tensors have no memory of their own
-    version = 0 if inputs.is_inference() else inputs._version
-    place = inputs.untyped_storage()._cdata, inputs.storage_offset()
-    return *place, inputs.numel(), inputs.shape[-1], inputs.stride(), version
 
 
 def _merge(order: list[View | str], inputs: dict[View, int], events: Sequence[tuple[View | str, Hashable]]) -> None:

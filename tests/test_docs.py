@@ -14,8 +14,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_sparse import SparsePruner
 from optimum_sparse.commands.bench import BenchCommand
+from optimum_sparse.commands.compare import CompareCommand
+from optimum_sparse.commands.evaluate import EvaluateCommand
 from optimum_sparse.commands.inspect import InspectCommand, inspect
 from optimum_sparse.commands.pack import PackCommand, UnpackCommand
 from optimum_sparse.commands.plan import PlanCommand
@@ -29,13 +33,15 @@ from .checkpoints import save_tiny, write_text
 from .integrations.fake_hub import FakeHub
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "benchmarks" / "README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation prunes; here, a tiny model stands in for it
 COMMANDS = {
     "prune": PruneCommand,
     "plan": PlanCommand,
     "recover": RecoverCommand,
+    "evaluate": EvaluateCommand,
+    "compare": CompareCommand,
     "inspect": InspectCommand,
     "pack": PackCommand,
     "unpack": UnpackCommand,
@@ -143,6 +149,23 @@ def test_scale_runs(workplace: Path):
     assert (workplace / "progress" / "run.json").is_file() and (workplace / "pruned" / "config.json").is_file()
 
 
+def test_evaluation_runs(workplace: Path):
+    pruner = SparsePruner(method="magnitude")
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    pruner.prune(model)
+    pruner.save(model, "pruned", AutoTokenizer.from_pretrained(MODEL))
+    names = run_blocks(ROOT / "docs" / "evaluation.md")
+    assert names["found"]["texts"][0]["ratio"] > 0 and names["report"].sparsity == 0.5
+    assert Path("report.html").read_text() == names["report"].to_html()
+
+
+def test_guides_run(workplace: Path):
+    names = run_blocks(ROOT / "docs" / "guides" / "push.md")
+    assert names["pruner"].report.evaluations[0]["texts"][0]["ratio"] > 0 and inspect("pruned")["metadata_is_true"]
+    names = run_blocks(ROOT / "docs" / "guides" / "serve.md")
+    assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
+
+
 def test_packing_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "packing.md")
     assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
@@ -177,7 +200,17 @@ def test_all_python_is_run_or_says_why_not():
         ROOT / "README.md",
         *(
             ROOT / "docs" / f"{name}.md"
-            for name in ("getting-started", "architectures", "packing", "recovery", "runtime", "scale")
+            for name in (
+                "getting-started",
+                "architectures",
+                "evaluation",
+                "guides/push",
+                "guides/serve",
+                "packing",
+                "recovery",
+                "runtime",
+                "scale",
+            )
         ),
     }
     elsewhere = [block for page in PAGES if page not in run for block in blocks(page, "python")]
@@ -227,7 +260,7 @@ def test_every_option_is_documented():
     }
     for option, field in options.items():
         assert f"| `{field}` |" in reference or f"| `{option}" in page, option
-    known = {*options, "--help", "--no-true-sequential"}
+    known = {name for command in COMMANDS for action in parser_of(command)._actions for name in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", page)) <= known
 
 

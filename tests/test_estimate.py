@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from optimum_sparse import SparseConfig
-from optimum_sparse.estimate import duration, held_memory, num_tokens, parse_size, peak_memory, run_seconds
+from optimum_sparse.estimate import (
+    available_memory,
+    duration,
+    held_memory,
+    num_tokens,
+    parse_size,
+    peak_memory,
+    run_seconds,
+)
 from optimum_sparse.plan import GroupShape
 
 GROUPS = [GroupShape("block", 32, 128)]
@@ -59,3 +67,19 @@ def test_memory_sees_what_was_taken():
     block = torch.ones(200 * 2**20, dtype=torch.uint8)
     assert peak_memory() >= max(before, block.numel())
     assert held_memory(cpu) - held > 0.9 * block.numel()
+
+
+def test_what_torch_has_freed_on_a_gpu_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert available_memory(torch.device("cuda")) == 60
+
+
+def test_a_gpu_that_was_not_used_says_nothing_of_the_peak(monkeypatch):
+    without = peak_memory()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    assert peak_memory() >= without
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert peak_memory() == 7

@@ -17,6 +17,8 @@ PACKAGE = Path(optimum_sparse.__file__).parent
 ORDER = [
     "config",
     "patterns",
+    "distributed",
+    "precision",
     "saving",
     "quantization",
     "uses",
@@ -45,6 +47,7 @@ ORDER = [
     "solver",
     "resume",
     "run",
+    "depth",
     "integrations.hub",
     "pruner",
     "dry_run",

@@ -18,6 +18,7 @@ import optimum_sparse
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which(sysconfig.get_config_var("CC").split()[0])
 EXTENSION = "optimum_sparse/runtime/_kernels.abi3.so"
+TEMPLATES = ROOT / "optimum_sparse" / "report" / "templates"
 REGISTER = "optimum.commands.register"
 
 # Says where the package comes from and runs `optimum-cli`, after the .pth files in the folder argv[1] were read.
@@ -79,6 +80,7 @@ def test_wheel_holds_every_module(wheel: Path):
         for file in folder.glob("*.py")
     }
     expected |= {"optimum/commands/register/register_sparse.py", "optimum_sparse/py.typed"}
+    expected |= {f"optimum_sparse/report/templates/{file.name}" for file in TEMPLATES.iterdir()}
     if COMPILER:
         expected.add(EXTENSION)
     code = {name for name in wheel_files(wheel) if ".dist-info/" not in name}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from optimum_sparse.saving import replace_folder
+from optimum_sparse.saving import TEMPORARY, replace_folder
 
 
 def test_files_are_replaced_and_others_left_alone(tmp_path):
@@ -27,6 +27,15 @@ def test_a_failure_changes_nothing(tmp_path):
         raise RuntimeError("half-way")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "old"
+
+
+def test_what_a_killed_process_has_left_behind_goes(tmp_path):
+    half = tmp_path / f"{TEMPORARY}killed"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half of it")
+    with replace_folder(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -71,7 +71,7 @@ def test_left_alone_by_default() -> None:
 
 
 def test_files_of_a_run_that_was_killed_are_removed(tmp_path: Path) -> None:
-    left_behind = tmp_path / spill.ACTIVATIONS_FOLDER / "17"
+    left_behind = tmp_path / f"{spill.ACTIVATIONS_FOLDER}-0" / "17"
     left_behind.parent.mkdir()
     left_behind.write_bytes(bytes(10))
     with Activations("disk", tmp_path):

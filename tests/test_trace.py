@@ -1,5 +1,6 @@
 """The probe: order, shared inputs, repeated uses, routers and copies, on modules that do one thing each."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -525,3 +526,14 @@ def test_nothing_is_left_behind_on_the_model():
         trace_of(model, [None], lambda _: (_ for _ in ()).throw(ValueError("as it is")))
     for module in model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+def test_the_probe_lets_go_of_what_it_has_seen() -> None:
+    """Or it would take the more memory the more blocks there are."""
+    model, seen = tiny_model("llama", num_hidden_layers=3), []
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: seen.append(weakref.ref(args[0].untyped_storage()))
+    )
+    model.model.layers[2].register_forward_pre_hook(lambda *args: seen.append(seen[0]()))
+    trace_of_text(model, tiny_batches(1))
+    assert seen[1] is None

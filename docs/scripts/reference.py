@@ -63,7 +63,13 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     (
         "Loading and evaluating",
         "",
-        [("loading.py", ("load_model",)), ("evaluation.py", ("perplexity", "Perplexity", "wikitext_tokens"))],
+        [
+            ("loading.py", ("load_model",)),
+            ("evaluation/protocol.py", ("evaluate", "check_same_tokenizer", "generate")),
+            ("evaluation/perplexity.py", ("perplexity", "Perplexity", "compare", "Comparison")),
+            ("evaluation/texts.py", ("load_text", "Text", "wikitext_tokens")),
+            ("evaluation/harness.py", ("zero_shot", "TaskResult")),
+        ],
     ),
     (
         "Calibration data",

@@ -3,10 +3,16 @@
 Nothing here imports torch or transformers before a command runs: Optimum imports these files for every `optimum-cli`.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -26,3 +32,26 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # as a shell reports a program that Ctrl-C ended
+
+
+def device_called(name: str, given: torch.device | None = None) -> torch.device:
+    """The device of that name.
+
+    Args:
+        name: As `torch.device` takes it, or `"auto"`.
+        given: What `"auto"` is; by default the first GPU, if there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is no device that torch knows: use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device

@@ -57,6 +57,7 @@ class BenchCommand(BaseOptimumCLICommand):
         """Measure, print, and write what was asked for."""
         import torch
 
+        from ..report import REPORT_FILE, read_report, write_report
         from ..runtime import bench as measure
 
         args = self.args
@@ -67,6 +68,7 @@ class BenchCommand(BaseOptimumCLICommand):
                 if args.threads < 1:
                     raise ValueError(f"--threads must be at least 1, got {args.threads}.")
                 torch.set_num_threads(args.threads)
+            report = read_report(args.model)
             findings, reports = measure.bench(
                 args.model,
                 args.batch_sizes,
@@ -81,6 +83,12 @@ class BenchCommand(BaseOptimumCLICommand):
             if args.plot is not None:
                 measure.plot(findings, args.plot)
         print(measure.table(findings))
+        if report is not None:
+            # A report is published with the model: no paths of this machine.
+            report.bench = {**findings, "model": Path(args.model).resolve().name}
+            with user_errors():
+                write_report(report, args.model)
+            print(f"\nAdded to {Path(args.model, REPORT_FILE)}.")
         if args.layers:
-            for report in reports:
-                print(f"\n{report}")
+            for layers in reports:
+                print(f"\n{layers}")

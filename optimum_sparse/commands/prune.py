@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import tempfile
 from argparse import (
@@ -20,10 +22,12 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SparseConfig
 from ..loading import load_model, local_path, model_without_weights, read_json
-from . import user_errors
+from . import device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
+
+    from ..report import SparsityReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,6 +94,12 @@ class PruneCommand(BaseOptimumCLICommand):
         )
         output = parser.add_argument_group("output")
         output.add_argument("--report", metavar="FILE.json", help="write what was done to each matrix to a file")
+        output.add_argument(
+            "--html",
+            action=BooleanOptionalAction,
+            default=True,
+            help="write what was done as a page to look at, too: OUT/sparsity_report.html (default: yes)",
+        )
         output.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the result too, with a model card")
 
     def run(self) -> None:
@@ -125,12 +135,14 @@ def prune(args: Namespace) -> None:
         _check_writable(Path(args.report).absolute().parent)
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
-    device = _device(args.device)
 
+    from ..distributed import Processes
     from ..estimate import parse_size
     from ..pruner import SparsePruner
     from ..resume import remove_progress
 
+    processes = Processes()
+    device = device_called(args.device, processes.device)
     offload = output.with_name(f"{output.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
@@ -145,20 +157,39 @@ def prune(args: Namespace) -> None:
             activation_device=args.activation_device,
             max_memory=limit,
         )
+        assert pruner.report is not None
+        pruner.report.command = command_line(args, config, pruner.report.config["dataset"])
+        processes.wait()
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
+        if processes.is_main:
+            print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+            _write_reports(pruner.report, output if args.html else None, args.report)
+        # While the files that offloaded weights are read from are still there.
+        url = pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer) if args.push_to_hub else ""
     finally:
-        shutil.rmtree(offload, ignore_errors=True)
-    if progress is not None:
+        if processes.is_main:
+            shutil.rmtree(offload, ignore_errors=True)
+    if url:
+        print(f"Uploaded to {url}")
+    if progress is not None and processes.is_main:
         remove_progress(progress)
-    print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
-    if args.report:
-        assert pruner.report is not None
-        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
-        pruner.report.to_json(args.report)
-        print(f"Report: {args.report}")
-    if args.push_to_hub:
-        print(f"Uploaded to {pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer)}")
+    processes.end()
+
+
+def _write_reports(report: SparsityReport, folder: Path | None, file: str | None) -> None:
+    """Write what was done as a page into a folder and as JSON to a file."""
+    from ..report import PAGE_FILE
+    from ..saving import replace_file
+
+    if folder:
+        with replace_file(folder / PAGE_FILE) as page:
+            report.to_html(page)
+        print(f"To look at: {folder / PAGE_FILE}")
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        report.to_json(file)
+        print(f"Report: {file}")
 
 
 def _device_map(args: Namespace, config: SparseConfig, device: torch.device, limit: int) -> dict[str, Any] | None:
@@ -188,6 +219,37 @@ def build_config(args: Namespace) -> SparseConfig:
     if "sparsity" in given or "pattern" in given:
         from_file = {name: value for name, value in from_file.items() if name not in ("sparsity", "pattern")}
     return SparseConfig.from_dict({**from_file, **given})
+
+
+def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:
+    """The command that does the same again, without the folders of this machine, which are nobody's business.
+
+    Args:
+        args: As parsed.
+        config: What `build_config` made of them.
+        dataset: A name of the calibration data that can be published.
+    """
+    model, output = (Path(path).name if os.path.exists(path) else path for path in (args.model, args.output))
+    words = ["optimum-cli", "sparse", "prune", model, Path(output).name]
+    default = SparseConfig()
+    for field in fields(SparseConfig):
+        value = dataset if field.name == "dataset" else getattr(config, field.name)
+        if value != getattr(default, field.name):
+            words += _words(field.name, value)
+    for name in ("dtype", "device", "max_memory", "activation_device"):
+        if getattr(args, name) not in ("auto", None):
+            words += _words(name, getattr(args, name))
+    return shlex.join(words)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option and its value on a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if name == "overrides":
+        return ["--override", *(f"{o['match']}={o['pattern'] if 'pattern' in o else o['sparsity']}" for o in value)]
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -264,17 +326,3 @@ def _check_hub_access(repo_id: str) -> None:
     validate_repo_id(repo_id)
     if get_token() is None:
         raise ValueError("--push-to-hub needs a Hub access token: log in with `hf auth login`, or set HF_TOKEN.")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device that torch knows: use cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return device

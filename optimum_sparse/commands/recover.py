@@ -95,7 +95,9 @@ def recover_from(args: Namespace) -> None:
 
     from ..recovery.recover import recover
     from ..recovery.teacher_cache import TopKCache
+    from ..report import PAGE_FILE, read_report, write_report
 
+    report = None if source is None else read_report(source)
     model, tokenizer = load_model(args.model, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: save that of the dense model along with it.")
@@ -109,6 +111,11 @@ def recover_from(args: Namespace) -> None:
         teacher_cache=TopKCache(args.teacher_cache) if args.teacher_cache else None,
         device=None if args.device == "auto" else args.device,
     )
+    if report is not None and source is not None:
+        report.recovery = record
+        report.evaluations, report.bench, report.generations = [], None, []  # they are of the model before
+        report.sizes["saved"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        write_report(report, output, page=(source / PAGE_FILE).is_file())
     print(
         f"Perplexity on {config.eval_samples} held-out texts: {record['perplexity_before']:.4g} before, "
         f"{record['perplexity_after']:.4g} after.\n"

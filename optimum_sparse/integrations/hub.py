@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..metadata import expand_name
+from ..report import PAGE_FILE, SparsityReport
+from ..report.summary import Row, errors_of, quality, speeds
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCard
 
-    from ..report import SparsityReport
+PLOT_FILE = "sparsity.png"
 
 BODY = """\
 # {title}
@@ -26,21 +28,53 @@ BODY = """\
 
 model = {model_class}.from_pretrained("{repo_id}", dtype="auto")
 {processor} = {processor_class}.from_pretrained("{repo_id}")
-```
+{generate}```
 
 {files}
 
+## Quality
+
+{quality}
+{speed}
 ## What was pruned
 
 {table}
-
+{plot}
 Everything else is as in the base model. The full record is `sparsity_config` in `config.json`; to check it against the
 weights, run `optimum-cli sparse inspect {repo_id}`.
 
 ## How
 
 {how}
+
+## Limits
+
+- Nothing was trained at pruning; whatever the base model lacks, this one lacks, too, and its licence and terms apply.
+- {judged}
+- What a benchmark of one language or task does not show may have suffered more than what it shows.
+- Zeros alone make no model faster, and its dense files no smaller.
 """
+
+SPEED = """
+## Speed
+
+With `sparsify_for_inference`, against the same model run dense, on {processor} with {threads} threads:
+
+{table}
+"""
+
+PLOT = f"""
+![{{what}} of each matrix, over the blocks]({PLOT_FILE})
+
+[{PAGE_FILE}]({PAGE_FILE}) has more to look at: masks, errors over depth, time and memory.
+"""
+
+GENERATE = """
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+"""
+
+NOT_MEASURED = "Not measured. `optimum-cli sparse evaluate` compares the model with the dense one."
 
 # What the card says of files that are dense, and of those that are packed.
 DENSE = {
@@ -72,7 +106,7 @@ def model_card(
 
     Args:
         metadata: Its `config.sparsity_config`.
-        report: Adds the error of each kind of matrix, if it was pruned just now.
+        report: Adds the error of each kind of matrix, what was measured, and a plot, for `save_card` to write.
         repo_id: Where it will stand; only used in the text.
         model_class: The class of Transformers to load it with.
         packed: Whether its files are packed.
@@ -84,12 +118,16 @@ def model_card(
     uniform = pattern is not None and all(entry["pattern"] == pattern for entry in metadata["matrices"].values())
     repo_id = repo_id or "path/to/this/model"
     causal = model_class == "AutoModelForCausalLM"
+    results = eval_results(report)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation" if causal else None,
         tags=["optimum-sparse", "sparse", "pruned", method, *([pattern] if pattern else [])],
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
     )
+    measured = quality(report.evaluations[-1] if report and report.evaluations else None)
     body = BODY.format(
         **(PACKED if packed else DENSE),
         title=repo_id.split("/")[-1],
@@ -102,10 +140,72 @@ def model_card(
         model_class=model_class,
         processor_class="AutoTokenizer" if causal else "AutoProcessor",
         processor="tokenizer" if causal else "processor",
+        generate=GENERATE if causal else "",
+        quality=_markdown(("", "dense", "pruned", "change"), measured) or NOT_MEASURED,
         table=_table(metadata["matrices"], report),
+        plot=_plot(report),
+        speed=_speed(report),
+        judged=(
+            "The figures above are of the data and the settings beside them, and of no other."
+            if measured
+            else "How much quality was lost was not measured; it always is some."
+        ),
         how="\n".join(f"- {name}: {value}" for name, value in _how(metadata)),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def eval_results(report: SparsityReport | None) -> list[EvalResult]:
+    """The latest evaluation in the form in which the Hub shows results."""
+    from huggingface_hub import EvalResult
+
+    if report is None or not report.evaluations:
+        return []
+    last = report.evaluations[-1]
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text generation"}
+    texts = [
+        EvalResult(
+            **task,
+            dataset_type=text["dataset"],
+            dataset_name=f"{text['dataset']}, {text['num_windows']} windows of {text['seqlen']} tokens",
+            dataset_args={"seqlen": text["seqlen"], "num_windows": text["num_windows"]},
+            metric_type="perplexity",
+            metric_name="perplexity",
+            metric_value=text["perplexity"],
+        )
+        for text in last["texts"]
+    ]
+    return texts + [
+        EvalResult(
+            **task,
+            dataset_type=one["task"],
+            dataset_name=f"{one['task']}, {one['num_samples']} samples",
+            dataset_args={"version": one["version"], "num_samples": one["num_samples"]},
+            metric_type=one["metric"],
+            metric_name=one["metric"],
+            metric_value=one["value"],
+        )
+        for one in last["tasks"]
+    ]
+
+
+def save_card(card: ModelCard, folder: str | Path, report: SparsityReport | None = None) -> None:
+    """Write a card into a folder as README.md, with the plot and the page that it refers to.
+
+    Args:
+        card: From `model_card`.
+        folder: An existing folder.
+        report: What the card was made with.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    card.save(Path(folder, "README.md"))
+    if report is not None and report.matrices:
+        from ..report.plots import overview
+
+        Path(folder, PLOT_FILE).write_bytes(overview(report))
+        report.to_html(Path(folder, PAGE_FILE))
 
 
 def push_folder(
@@ -136,6 +236,28 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     message = commit_message or "Upload a model pruned with optimum-sparse"
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+
+
+def _markdown(head: tuple[str, ...], rows: list[Row]) -> str:
+    """A table, empty if it has no rows."""
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in (row.what, row.dense, row.pruned, row.change)) + " |"
+        for row in rows
+    ]
+    return "\n".join([f"| {' | '.join(head)} |", "|---|---|---|---|", *lines]) if rows else ""
+
+
+def _speed(report: SparsityReport | None) -> str:
+    if report is None or report.bench is None:
+        return ""
+    table = _markdown(("", "dense", "sparse", "change"), speeds(report.bench))
+    return SPEED.format(table=table, **{name: report.bench["machine"][name] for name in ("processor", "threads")})
+
+
+def _plot(report: SparsityReport | None) -> str:
+    if report is None or not report.matrices:
+        return ""
+    return PLOT.format(what="Output error" if errors_of(report.matrices) else "Zeros")
 
 
 def _table(matrices: Mapping[str, Mapping[str, Any]], report: SparsityReport | None) -> str:

@@ -34,6 +34,9 @@ class Method:
         solve: The function described above.
         statistics: Class that accumulates the inputs, or `None` if the method looks at the weights only.
         parallel: Whether several CPU threads speed it up on matrices of any size: large products, no steps per column.
+        apart: Whether processes may each solve some of the rows: what becomes of a row depends on the others by way of
+            `keep_mask` and `by_matrix` alone.
+        sweeps: Whether it goes over the columns one by one, for which there is a kernel on GPUs.
         memory: Bytes that it takes for each weight and for each entry of the Gram matrix, besides the latter and the
             weights in the model. Measured: see tests/test_plan.py.
     """
@@ -41,6 +44,8 @@ class Method:
     solve: Callable[..., Solution]
     statistics: type[Statistics] | None
     parallel: bool = False
+    apart: bool = False
+    sweeps: bool = False
     memory: tuple[float, float] = field(kw_only=True)
 
 
@@ -52,14 +57,14 @@ REFINEMENT_MEMORY = {"cg": (53, 16), "swaps": (53, 16)}
 QUANTIZATION_MEMORY = (36, 5)
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(magnitude.solve, None, memory=(19, 0)),
-    "wanda": Method(wanda.solve, NormStatistics, memory=(16, 0)),
+    "magnitude": Method(magnitude.solve, None, apart=True, memory=(19, 0)),
+    "wanda": Method(wanda.solve, NormStatistics, apart=True, memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
-    "sparsegpt": Method(sparsegpt.solve, GramStatistics, memory=(17, 5)),
+    "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
     "admm": Method(admm.solve, GramStatistics, parallel=True, memory=(58, 17)),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
-    "magnitude-update": Method(update.solve_magnitude, GramStatistics, memory=(19, 5)),
-    "wanda-update": Method(update.solve_wanda, GramStatistics, memory=(19, 5)),
+    "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
+    "wanda-update": Method(update.solve_wanda, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
 }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from ..config import SparseConfig
-from ..patterns import NM, Pattern, Unstructured, keep_all_but, keep_mask, num_pruned
+from ..patterns import NM, Pattern, Unstructured, by_matrix, keep_all_but, keep_mask, num_pruned
 from ..quantization import Rounding, joint_rounding
 from ..statistics import GramStatistics
+from . import fused
 from .hessian import reversed_cholesky
 from .solution import Solution
 from .threads import one_thread
 
-# Columns per inner block of the sweep: updates stay inside it and reach the rest of the block as one matrix product.
+# Columns per panel of the sweep: updates stay inside it and reach the rest of the block as one matrix product.
 INNER = 16
 
 
@@ -88,12 +90,13 @@ def _select(
         start: First column of the block.
         stop: One past its last column.
     """
-    keeps = []
-    for scores in saliency.abs().split(list(rows or saliency.shape[1:]), dim=1):
-        height = scores.shape[1]
+
+    def keep(scores: torch.Tensor) -> torch.Tensor:
+        height = len(scores)
         count = num_pruned(stop * height, pattern.sparsity) - num_pruned(start * height, pattern.sparsity)
-        keeps.append(keep_all_but(scores.T.reshape(1, -1), count).view(height, -1).T)
-    return torch.cat(keeps, dim=1)
+        return keep_all_but(scores.reshape(1, -1), count).view(height, -1)
+
+    return by_matrix(saliency.abs().T, rows, keep).T
 
 
 def _sweep(
@@ -118,25 +121,40 @@ def _sweep(
         The mask, true where a weight was kept.
     """
     width = columns.shape[0]
-    diagonal = inverse.diagonal()
     group = pattern.m if isinstance(pattern, NM) else 1
-    step = -(-INNER // group) * group
-    mask = torch.empty_like(columns, dtype=torch.bool) if keep is None else keep
+    fast = fused.usable(columns) and rounding is None
+    panel, inner = (fused.sweep, fused.PANEL) if fast else (_sweep_panel, INNER)
+    step = -(-inner // group) * group
+    mask = torch.empty_like(columns, dtype=torch.bool) if keep is None else keep.contiguous()
     for begin in range(0, width, step):
-        end = min(begin + step, width)
-        errors = torch.empty_like(columns[begin:end])
-        for i in range(begin, end):
-            if keep is None and i % group == 0:
-                saliency = columns[i : i + group] / diagonal[i : i + group, None]
-                mask[i : i + group] = keep_mask(saliency.abs().T, pattern).T
-            column, error = columns[i], errors[i - begin]
-            torch.div(column, diagonal[i], out=error)
-            error.masked_fill_(mask[i], 0)
-            column.masked_fill_(~mask[i], 0)
-            if rounding is not None:
-                rounded = rounding.column(column, start + i)
-                error.add_(column.sub_(rounded).div_(diagonal[i]))
-                column.copy_(rounded)
-            columns[i + 1 : end].addr_(inverse[i, i + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
+        mine = slice(begin, min(begin + step, width))
+        rounded = {} if rounding is None else {"rounded": partial(rounding.column, start=start + begin)}
+        errors = panel(columns[mine], inverse[mine, mine], mask[mine], pattern, keep is None, **rounded)
+        columns[mine.stop :].addmm_(inverse[mine, mine.stop :].T, errors, alpha=-1)
     return mask
+
+
+def _sweep_panel(
+    columns: torch.Tensor,
+    inverse: torch.Tensor,
+    mask: torch.Tensor,
+    pattern: Pattern,
+    choose: bool,
+    rounded: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """What `fused.sweep` does, column by column; its oracle. `rounded` gives what a column is rounded to."""
+    group = pattern.m if isinstance(pattern, NM) else 1
+    diagonal, errors = inverse.diagonal(), torch.empty_like(columns)
+    for i, (column, error) in enumerate(zip(columns, errors, strict=True)):
+        if choose and i % group == 0:
+            saliency = columns[i : i + group] / diagonal[i : i + group, None]
+            mask[i : i + group] = keep_mask(saliency.abs().T, pattern).T
+        torch.div(column, diagonal[i], out=error)
+        error.masked_fill_(mask[i], 0)
+        column.masked_fill_(~mask[i], 0)
+        if rounded is not None:
+            nearest = rounded(column, i)
+            error.add_(column.sub_(nearest).div_(diagonal[i]))
+            column.copy_(nearest)
+        columns[i + 1 :].addr_(inverse[i, i + 1 :], error, alpha=-1)
+    return errors

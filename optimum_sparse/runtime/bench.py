@@ -167,7 +167,6 @@ def plot(findings: Mapping[str, Any], file: Path) -> None:
     """Draw the result of `bench`, as PNG or SVG by the name of the file.
 
     Raises:
-        ImportError: Matplotlib is missing.
         ValueError: The name ends with something else.
     """
     check_plot(file)
@@ -191,10 +190,6 @@ def check_plot(file: Path) -> None:
     """Raise what `plot` would, before anything is measured."""
     if file.suffix not in (".png", ".svg"):
         raise ValueError(f"the plot must be a .png or .svg file, got {file}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Drawing needs one more package: pip install 'optimum-sparse[plot]'.") from error
 
 
 def _load(source: str | os.PathLike, dtype: str, length: int) -> PreTrainedModel:

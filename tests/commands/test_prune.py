@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sparse.commands.prune import PruneCommand, build_config
+from optimum_sparse.commands.prune import PruneCommand, build_config, command_line
 from optimum_sparse.config import SparseConfig
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
+from optimum_sparse.report import SparsityReport
 
 from ..beyond_text import bert_model, t5_model
 from ..checkpoints import save_tiny, tiny_tokenizer, write_text
@@ -299,3 +301,31 @@ def test_a_bug_is_not_taken_for_a_user_error(dense: Path, tmp_path: Path, monkey
     monkeypatch.setattr(SparsePruner, "prune", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         sparse("prune", dense, tmp_path / "out")
+
+
+@pytest.mark.parametrize("field", EVERY_FIELD)
+def test_the_command_in_the_report_gives_the_same_configuration(field: str):
+    parser = ArgumentParser()
+    PruneCommand.parse_args(parser)
+    args = parser.parse_args(["some/model", "OUT", *EVERY_FIELD[field][0].split(), "--dtype", "float32"])
+    config = build_config(args)
+    words = shlex.split(command_line(args, config, config.dataset))
+    assert words[:5] == ["optimum-cli", "sparse", "prune", "some/model", "OUT"]
+    again = parser.parse_args(words[3:])
+    assert build_config(again) == config and again.dtype == "float32"
+
+
+def test_report_and_page_beside_the_model(dense: Path, text: Path, tmp_path: Path):
+    out = tmp_path / "o" / "a name"
+    assert sparse("prune", dense, out, "--method", "wanda", "--dataset", text, "--num-samples", 2, "--seqlen", 16) == 0
+    report = SparsityReport.from_json(out / "sparsity_report.json")
+    assert (out / "sparsity_report.html").read_text() == report.to_html()
+    assert report.command == (
+        "optimum-cli sparse prune dense 'a name' --method wanda --dataset squares.txt --num-samples 2 --seqlen 16"
+    )
+    assert str(tmp_path) not in report.to_json() and str(text.parent) not in report.to_json()
+    assert report.model == "dense" and len(report.pictures) == 7 and len(report.depth_error) == 2
+    weights = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(out).parameters())
+    assert report.sizes == {"dense": weights, "saved": (out / "model.safetensors").stat().st_size}
+    assert sparse("prune", dense, tmp_path / "plain", "--method", "magnitude", "--no-html") == 0
+    assert not (tmp_path / "plain" / "sparsity_report.html").exists()

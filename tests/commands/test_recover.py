@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.recovery import recover as recover_module
+from optimum_sparse.report import read_report, write_report
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
 from tests.recovery.pruned import assert_zeros_kept, pruned_model, zero_positions
+from tests.report.reports import full_report
 
 
 def run(*arguments) -> int:
@@ -68,6 +70,18 @@ def test_recovers_and_keeps_the_zeros(method, distill, folders, capsys):
     assert f"{record['perplexity_after']:.4g} after" in card
     assert str(folders) not in card + json.dumps(recovered.config.to_dict()["sparsity_config"])
     assert sorted(path.name for path in (folders / "out").iterdir() if path.is_dir()) == []
+
+
+def test_the_report_goes_along(folders):
+    write_report(full_report(), folders / "pruned", page=True)
+    assert run(folders / "pruned", folders / "out", "--dataset", folders / "text.txt", "--method", "norms", *FAST) == 0
+    report = read_report(folders / "out")
+    assert report.recovery == json.loads((folders / "out" / "config.json").read_text())["sparsity_config"]["recovery"]
+    assert report.matrices == full_report().matrices
+    assert (report.evaluations, report.bench, report.generations) == ([], None, [])  # those are of the pruned model
+    assert report.sizes["saved"] == (folders / "out" / "model.safetensors").stat().st_size
+    assert (folders / "out" / "sparsity_report.html").read_text() == report.to_html()
+    assert read_report(folders / "pruned") == full_report()
 
 
 def test_the_perplexity_is_that_of_the_saved_model(folders):

@@ -1,19 +1,26 @@
 """Model card, upload and download, with the official client over real HTTP against a Hub in this process."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from safetensors.torch import load
 
 from optimum_sparse import SparsePruner
-from optimum_sparse.integrations.hub import model_card
+from optimum_sparse.integrations.hub import PLOT_FILE, model_card, save_card
 from optimum_sparse.report import MatrixReport, SparsityReport
 
 from ..checkpoints import save_tiny
 from ..helpers import tiny_model
+from ..report.reports import full_report
 from .fake_hub import FakeHub
 
 ROOT = Path(__file__).parents[2]
@@ -225,3 +232,77 @@ def test_card_and_files_of_a_packed_model(monkeypatch: pytest.MonkeyPatch):
     code = seen["README.md"].split("```python\n")[1].split("```")[0]
     assert code.startswith("import optimum_sparse ")
     assert "sparse unpack" in seen["README.md"] and "same disk space" not in seen["README.md"]
+
+
+def test_card_with_all_that_was_measured():
+    """The golden card: what people and the Hub read, to the letter."""
+    card = model_card(METADATA, full_report(), "me/sparse-base")
+    golden = Path(__file__).with_name("card.md")
+    assert str(card) == golden.read_text(encoding="utf-8")
+
+
+def test_results_are_read_by_the_hub_client():
+    card = model_card(METADATA, full_report(), "me/sparse-base")
+    data = ModelCard(str(card)).data  # parses the YAML, and its model-index strictly
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == "sparse-base"
+    found = [(result.dataset_type, result.metric_type, result.metric_value) for result in results]
+    assert found == [("wikitext2", "perplexity", 12.5), ("piqa", "acc_norm", 0.61)]
+    assert results[0].dataset_args == {"seqlen": 2048, "num_windows": 20}
+    assert [result.unique_identifier for result in results] == [r.unique_identifier for r in data.eval_results]
+
+
+def test_card_says_what_is_not_known():
+    _, text = card_of(METADATA)
+    assert "## Quality\n\nNot measured." in text and "was not measured; it always is some" in text
+    assert "## Speed" not in text and PLOT_FILE not in text
+    header, _ = card_of(METADATA, report_of({"layers.0.up": 0.01}))
+    assert "model-index" not in header
+
+
+@pytest.mark.parametrize("error", [0.25, None])
+def test_plot_and_page_are_where_the_card_says(tmp_path: Path, error: float | None):
+    report = report_of({"0.up": error, "0.down": error})
+    save_card(model_card(METADATA, report), tmp_path, report)
+    text = (tmp_path / "README.md").read_text()
+    assert f"![{'Zeros' if error is None else 'Output error'} of each matrix" in text
+    for file in re.findall(r"\]\(([\w.]+)\)", text):
+        assert (tmp_path / file).is_file()
+    picture = Image.open(tmp_path / PLOT_FILE)
+    assert picture.format == "PNG" and picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
+
+
+def test_the_usage_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_tiny(tmp_path)
+    code = str(model_card(METADATA, None, str(tmp_path))).split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("The capital of France is")
+
+
+PUSH_OFFLOADED = """
+import warnings
+import torch
+from transformers import AutoModelForCausalLM
+from optimum_sparse import SparsePruner
+
+warnings.simplefilter("ignore")
+batches = [{"input_ids": torch.arange(3, 27)[None]}]
+model = AutoModelForCausalLM.from_pretrained("base/dense")
+SparsePruner(progress=False).prune(model, dataset=batches)
+model.save_pretrained("expected")
+model = AutoModelForCausalLM.from_pretrained("base/dense", device_map={"": "disk"}, offload_folder="offload")
+pruner = SparsePruner(progress=False)
+pruner.prune(model, dataset=batches)
+pruner.push_to_hub(model, "me/offloaded")
+"""
+
+
+def test_push_from_disk(tmp_path: Path):
+    save_tiny(tmp_path / "dense")
+    with FakeHub() as hub:
+        hub.create("base/dense", {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()})
+        client(hub, tmp_path, PUSH_OFFLOADED)
+        pushed = load(hub.repos["me/offloaded"]["model.safetensors"])
+    expected = load((tmp_path / "expected" / "model.safetensors").read_bytes())
+    assert pushed.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pushed.items())

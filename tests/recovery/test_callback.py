@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -179,7 +180,7 @@ def launch(mode, output):
     # --multi_gpu is Accelerate's name for several processes; the training itself asks for the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if mode == "sharded":
+    if mode == "sharded" or mode.startswith("zero"):
         command = [
             sys.executable,
             "-m",
@@ -192,8 +193,9 @@ def launch(mode, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command += ["--master_port" if mode == "sharded" else "--main_process_port", port]
-    module = ["-m"] if mode == "sharded" else ["--module"]
+    by_torch = "torch.distributed.run" in command
+    command += ["--master_port" if by_torch else "--main_process_port", port]
+    module = ["-m"] if by_torch else ["--module"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += [*module, "tests.recovery.training", str(output), mode]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
@@ -210,6 +212,13 @@ def test_two_processes(mode, tmp_path):
     assert_zeros_kept(trained, zero_positions(original))
     for key in find_masks(original):
         assert not torch.equal(trained.get_parameter(key), original.get_parameter(key)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero1", "zero2"])
+def test_deepspeed(mode, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is not part of what CI installs")
+    test_two_processes(mode, tmp_path)
 
 
 @pytest.mark.slow
@@ -284,3 +293,37 @@ class TestRefused:
         model.model.layers[0].mlp.up_proj.weight.data = torch.empty(0)  # as DeepSpeed ZeRO-3 leaves it
         with pytest.raises(ValueError, match=r"is \[0\] in this process and \[64, 32\] .*DeepSpeed ZeRO-3 or FSDP1"):
             callback.on_train_begin(None, None, None, model=model)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["callback", "masked LoRA"])
+def test_scaled_gradients_of_half_precision(adapters):
+    """Steps whose gradients overflow are skipped, the others train, and the zeros hold in both."""
+    model = pruned_model()
+    zeros, dense = zero_positions(model), copy.deepcopy(model.state_dict())
+    callback = None if adapters else SparsityCallback(model)
+    if adapters:
+        model = keep_sparsity(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")))
+    else:
+        callback.on_train_begin(None, None, None, model=model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    skipped = 0
+    for row in rows(30):
+        before = copy.deepcopy(model.state_dict())
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**{name: value[None] for name, value in row.items()}).loss
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if callback is not None:
+            callback.on_optimizer_step(None, None, None)
+        optimizer.zero_grad()
+        same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert same == (scaler.get_scale() < scale)
+        skipped += same
+    assert 0 < skipped < 30
+    trained = model.merge_and_unload() if adapters else model
+    assert_zeros_kept(trained, zeros)
+    pruned = [name for name, positions in zeros.items() if positions.any() and "embed" not in name]
+    assert pruned and not any(torch.equal(trained.get_parameter(name), dense[name]) for name in pruned)

@@ -40,6 +40,14 @@ def arguments(output: Path, **options) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **options})
 
 
+def deepspeed(stage: str) -> dict:
+    """How DeepSpeed takes part: with that stage of ZeRO."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    # Its own optimizer for CPUs would be compiled first.
+    own = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    return {"zero_optimization": {"stage": int(stage)}, **dict.fromkeys(sizes, "auto"), **own}
+
+
 def leave() -> NoReturn:
     """End the process here: when torch frees what belonged to the process group, gloo's threads may block forever."""
     sys.stdout.flush()
@@ -55,7 +63,8 @@ def train(output: Path, mode: str) -> None:
         model = keep_sparsity(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")))
     else:
         callbacks = [SparsityCallback(model)]
-    trainer = Trainer(model, arguments(output), train_dataset=rows(), callbacks=callbacks)
+    options = {"deepspeed": deepspeed(mode[-1])} if mode.startswith("zero") else {}
+    trainer = Trainer(model, arguments(output, **options), train_dataset=rows(), callbacks=callbacks)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     if trainer.is_world_process_zero():

@@ -1,0 +1,54 @@
+"""`optimum-cli sparse compare` on folders with reports."""
+
+from pathlib import Path
+
+import pytest
+from optimum.commands.base import RootOptimumCLICommand
+from optimum.commands.optimum_cli import register_optimum_cli_subcommand
+
+from optimum_sparse.commands.compare import CompareCommand
+from optimum_sparse.report import REPORT_FILE, compare_reports, read_report, write_report
+from tests.report.reports import full_report
+
+
+def run(*arguments: object) -> int:
+    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
+    register_optimum_cli_subcommand(CompareCommand, root)
+    try:
+        namespace = root.parser.parse_args(["compare", *map(str, arguments)])
+        namespace.func(namespace).run()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.chdir(tmp_path)
+    found = [tmp_path / name for name in ("one/a", "one/b", "two/a")]
+    for blocks, folder in enumerate(found, start=1):
+        folder.mkdir(parents=True)
+        write_report(full_report(blocks), folder)
+    return found
+
+
+def test_table_and_page(folders: list[Path], capsys: pytest.CaptureFixture):
+    assert run(*folders) == 0
+    names = ["a", "b", str(folders[2])]  # a name that is taken is told by its folder
+    expected = compare_reports({name: read_report(f) for name, f in zip(names, folders, strict=True)})
+    printed = capsys.readouterr().out
+    assert expected.table() in printed and "To look at: compare.html" in printed
+    assert Path("compare.html").read_text() == expected.page()
+    assert run(*folders[:2], "--html", "other.html") == 0
+    assert "2 pruned models" in Path("other.html").read_text()
+
+
+def test_folders_without_a_report(folders: list[Path], capsys: pytest.CaptureFixture):
+    (folders[1] / REPORT_FILE).write_text('{"schema": 99}')
+    assert run(*folders) == 2
+    assert "of version 99" in capsys.readouterr().err
+    (folders[1] / REPORT_FILE).unlink()
+    assert run(*folders) == 2
+    assert f"{folders[1]} has no {REPORT_FILE}" in capsys.readouterr().err
+    assert not Path("compare.html").exists()

@@ -1,0 +1,134 @@
+"""`optimum-cli sparse evaluate` on tiny models."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from optimum.commands.base import RootOptimumCLICommand
+from optimum.commands.optimum_cli import register_optimum_cli_subcommand
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_sparse import SparsePruner
+from optimum_sparse.checkpoint import pack_folder
+from optimum_sparse.commands.evaluate import PROMPTS, EvaluateCommand
+from optimum_sparse.evaluation import perplexity
+from optimum_sparse.report import read_report
+from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
+from tests.evaluation.tasks import write_tasks
+
+
+def run(*arguments: object) -> int:
+    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
+    register_optimum_cli_subcommand(EvaluateCommand, root)
+    try:
+        namespace = root.parser.parse_args(["evaluate", *map(str, arguments)])
+        namespace.func(namespace).run()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A dense model, a pruned one with its report, and a text."""
+    model = save_tiny(tmp_path / "dense", max_position_embeddings=128)
+    pruner = SparsePruner(method="magnitude", sparsity=0.7, progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path / "pruned", tiny_tokenizer())
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+FAST = ("--seqlen", 64, "--device", "cpu")
+
+
+def test_figures_and_samples_go_to_the_report(folders: Path, capsys: pytest.CaptureFixture):
+    figures = folders / "figures.json"
+    options = ("--baseline", folders / "dense", "--dataset", folders / "text.txt", *FAST, "--num-windows", 6)
+    assert run(folders / "pruned", *options, "--json", figures) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    (text,) = found["texts"]
+    models = [AutoModelForCausalLM.from_pretrained(folders / name) for name in ("pruned", "dense")]
+    tokenizer = AutoTokenizer.from_pretrained(folders / "pruned")
+    ids = torch.tensor(tokenizer((folders / "text.txt").read_text())["input_ids"])
+    pruned, dense = (perplexity(model, ids, 64, 6, progress=False) for model in models)
+    assert (text["perplexity"], text["baseline_perplexity"]) == pytest.approx((pruned.value, dense.value))
+    assert text["ratio"] == pytest.approx(pruned.value / dense.value, rel=1e-6) and text["kl"] > 0
+    assert (text["dataset"], text["num_windows"], text["seqlen"]) == ("text.txt", 6, 64)
+    assert (found["model"], found["baseline"], found["tasks"]) == ("pruned", "dense", [])
+    assert f"{pruned.value:.4g}" in printed and f"dense {dense.value:.4g}" in printed
+
+    report = read_report(folders / "pruned")
+    assert report.evaluations == [{name: value for name, value in found.items() if name != "generations"}]
+    assert report.generations == found["generations"]
+    assert [sample["prompt"] for sample in report.generations] == list(PROMPTS)
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+    tokens = models[0].generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert report.generations[0]["pruned"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert str(folders) not in report.to_json()
+    assert "text.txt" in report.to_html()
+
+    assert run(folders / "pruned", "--dataset", folders / "text.txt", *FAST) == 0
+    later = read_report(folders / "pruned")
+    assert len(later.evaluations) == 2 and later.generations == report.generations
+    assert later.evaluations[1]["texts"][0]["kl"] is None
+
+
+def test_tasks(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folders / "cache"))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    tasks = write_tasks(folders / "tasks")
+    options = ("--tasks", "squares", "--tasks-dir", tasks, "--num-samples", 8, "--batch-size", 8, "--prompts")
+    assert run(folders / "pruned", "--baseline", folders / "dense", *options, *FAST) == 0
+    (evaluation,) = read_report(folders / "pruned").evaluations
+    assert evaluation["texts"] == []
+    assert [(task["task"], task["metric"], task["num_samples"]) for task in evaluation["tasks"]] == [
+        ("squares", "acc", 8),
+        ("squares", "acc_norm", 8),
+    ]
+    assert evaluation["versions"]["lm_eval"] and "squares, acc (8 samples)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [("--offload",), ("--dtype", "bfloat16", "--device", "cpu")], ids=" ".join)
+def test_packed_and_offloaded_models(folders: Path, options: tuple[str, ...]):
+    pack_folder(folders / "pruned", folders / "packed")
+    data = ("--dataset", folders / "text.txt", "--seqlen", 64, "--json")
+    assert run(folders / "pruned", *data, folders / "a.json", *options) == 0
+    assert run(folders / "packed", *data, folders / "b.json", *options) == 0
+    a, b = (json.loads((folders / name).read_text())["texts"] for name in ("a.json", "b.json"))
+    assert a == b
+
+
+def test_what_does_not_go_together(folders: Path, capsys: pytest.CaptureFixture):
+    def error(*arguments: object) -> str:
+        assert run(*arguments) == 2
+        return capsys.readouterr().err
+
+    text = ("--dataset", folders / "text.txt", *FAST)
+    other = tiny_tokenizer()
+    other.add_tokens(["<more>"])
+    other.save_pretrained(folders / "dense")
+    said = error(folders / "pruned", "--baseline", folders / "dense", *text)
+    assert "other tokenizers: 99 and 100 tokens, 1 of them not shared" in said
+    assert "no folder" in error(folders / "pruned", *text, "--tasks", "x", "--tasks-dir", folders / "nowhere")
+    assert "leave out --device cpu" in error(folders / "pruned", *text, "--offload")
+    assert "a smaller seqlen" in error(folders / "pruned", *text, "--seqlen", 100_000)
+    assert "nowhere.txt" in error(folders / "pruned", "--dataset", "nowhere.txt")
+    assert read_report(folders / "pruned").evaluations == []
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folders / "pruned" / file).unlink()
+    assert "has no tokenizer" in error(folders / "pruned", *text)
+
+
+def test_broken_weights_are_not_called_a_perplexity(folders: Path, capsys: pytest.CaptureFixture):
+    model = AutoModelForCausalLM.from_pretrained(folders / "pruned")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    model.save_pretrained(folders / "pruned")
+    assert run(folders / "pruned", "--dataset", folders / "text.txt", *FAST) == 2
+    assert "perplexity of the model is nan" in capsys.readouterr().err
