@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .config import SparseConfig
 from .saving import write_tensors
@@ -99,15 +99,16 @@ class Rounding:
         self._scale = weight.new_ones(-(-in_features // self._size), rows)
         self._zero = torch.zeros_like(self._scale)
 
-    def enter(self, columns: torch.Tensor, start: int) -> None:
+    def enter(self, columns: torch.Tensor, start: int, count: int) -> None:
         """Find the grids of the groups that begin among some columns.
 
         Args:
             columns: `[columns, rows]`, the weights as they are now. What a group has behind them counts as it was.
             start: Which input the first of them is.
+            count: How many of the columns may be the first of a group.
         """
         stop = start + len(columns)
-        for group in range(-(-start // self._size), -(-stop // self._size)):
+        for group in range(-(-start // self._size), -(-(start + count) // self._size)):
             first, last = group * self._size, (group + 1) * self._size
             values = torch.cat([columns[first - start : last - start], self._weight[:, stop:last].T])
             self._scale[group], self._zero[group] = _find(values, self._bits, self._symmetric)
@@ -152,14 +153,22 @@ def write_grids(path: Path, grids: Mapping[str, Grid]) -> None:
 
 
 def read_grids(path: Path) -> dict[str, Grid]:
-    """The grids in a file of `write_grids`, by the names of the matrices."""
-    with safe_open(path, framework="pt") as file:
-        bits, group_size = (int(file.metadata()[key]) for key in ("bits", "group_size"))
-        names = [key.removesuffix(".scale") for key in file.keys() if key.endswith(".scale")]  # noqa: SIM118
-        return {
-            name: Grid(file.get_tensor(f"{name}.scale"), file.get_tensor(f"{name}.zero"), bits, group_size)
-            for name in names
-        }
+    """The grids in a file of `write_grids`, by the names of the matrices.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is damaged, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            bits, group_size = (int(file.metadata()[key]) for key in ("bits", "group_size"))
+            names = [key.removesuffix(".scale") for key in file.keys() if key.endswith(".scale")]  # noqa: SIM118
+            return {
+                name: Grid(file.get_tensor(f"{name}.scale"), file.get_tensor(f"{name}.zero"), bits, group_size)
+                for name in names
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the grids of quantised weights ({error}).") from error
 
 
 def _find(values: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,6 +129,8 @@ def _grids(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Grid], list[
         return {}, []
     try:
         return read_grids(folder / GRIDS_FILE), []
+    except ValueError as error:
+        return {}, [str(error)]
     except FileNotFoundError:
         return {}, [f"It claims {claim['quantization']}, but there is no {GRIDS_FILE}: save with SparsePruner.save."]
 

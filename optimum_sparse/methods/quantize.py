@@ -29,5 +29,5 @@ def quantize(solution: Solution, statistics: Statistics | None, pattern: Pattern
         rounded = update(solution.weight, solution.mask, statistics, pattern, config, rounding)
         damping = rounded.damping if solution.damping is None else solution.damping
         return replace(rounded, damping=damping, residual=solution.residual)
-    rounding.enter(solution.weight.T, 0)
+    rounding.enter(solution.weight.T, 0, solution.weight.shape[1])
     return replace(solution, weight=rounding.grid.round(solution.weight), grid=rounding.grid)

@@ -57,9 +57,6 @@ def solve(
             keep = None
             if isinstance(pattern, Unstructured):
                 keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
-            if rounding is not None:
-                values = torch.where(dead[block, None], weight.T[block], columns)
-                rounding.enter(values if keep is None else values.masked_fill_(~keep, 0), start)
             mask[block] = _sweep(columns, inverse, keep, pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
     # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
@@ -128,7 +125,11 @@ def _sweep(
     mask = torch.empty_like(columns, dtype=torch.bool) if keep is None else keep.contiguous()
     for begin in range(0, width, step):
         mine = slice(begin, min(begin + step, width))
-        rounded = {} if rounding is None else {"rounded": partial(rounding.column, start=start + begin)}
+        rounded = {}
+        if rounding is not None:
+            ahead = columns[begin:] if keep is None else columns[begin:].masked_fill(~mask[begin:], 0)
+            rounding.enter(ahead, start + begin, mine.stop - begin)
+            rounded["rounded"] = partial(rounding.column, start=start + begin)
         errors = panel(columns[mine], inverse[mine, mine], mask[mine], pattern, keep is None, **rounded)
         columns[mine.stop :].addmm_(inverse[mine, mine.stop :].T, errors, alpha=-1)
     return mask

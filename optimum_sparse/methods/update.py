@@ -78,8 +78,6 @@ def update(
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
         with one_thread():
-            if rounding is not None:
-                rounding.enter(columns * keep[block], start)
             _sweep(columns, inverse, keep[block], pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
     del target, errors  # make room for the copy
