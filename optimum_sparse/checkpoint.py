@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from .loading import PACKED, read_json
 from .metadata import read_claims
 from .packing import LAYOUT, POSITIONS, Packed, smallest
-from .saving import WEIGHT_FILES, replace_folder
+from .saving import GRIDS_FILE, WEIGHT_FILES, replace_folder
 
 Encoding = Literal["dense", "packed", "compressed-tensors"]
 
@@ -220,7 +220,7 @@ def pack_folder(source: Path, output: Path) -> Sizes:
     """Pack the matrices of a checkpoint that get smaller by it, one weight file in memory at a time.
 
     Args:
-        source: Folder of the checkpoint. Its other files are copied; what is in folders inside it is not.
+        source: Folder of the checkpoint. Its other files are copied; of what is in folders inside it, only grids.
         output: Where to, see `saving.replace_folder`.
 
     Raises:
@@ -285,6 +285,9 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and not any(map(path.match, WEIGHT_FILES)):
             shutil.copyfile(path, folder / path.name)
+    if (source / GRIDS_FILE).is_file():
+        (folder / GRIDS_FILE).parent.mkdir()
+        shutil.copyfile(source / GRIDS_FILE, folder / GRIDS_FILE)
     return Sizes(count, dense_bytes, packed_bytes, total_bytes)
 
 

@@ -25,6 +25,7 @@ COMPARISON_GROUPS = ("output", "layer")
 # The methods in which weights compete within what `comparison_group` says.
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
+QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
 
@@ -115,6 +116,15 @@ class SparseConfig:
         "what is done to each solution afterwards: 'cg' gives the kept weights their best values, 'swaps' exchanges "
         "kept and pruned ones (default: nothing)",
     )
+    quantization: str | None = _option(
+        None,
+        f"also round the kept weights to so many bits, {QUANTIZATIONS[0]} to {QUANTIZATIONS[-1]}; methods that update "
+        "weights make up for it with the others (default: no)",
+    )
+    group_size: int | None = _option(
+        None, "quantization: how many consecutive inputs of an output share a scale, -1 for all of them (default: 128)"
+    )
+    symmetric: bool = _option(False, "quantization: the code of 0 is the one in the middle, whatever the weights are")
 
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
@@ -125,7 +135,7 @@ class SparseConfig:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
-        for name in ("pack_documents", "calibrate_all_experts"):
+        for name in ("pack_documents", "calibrate_all_experts", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not isinstance(self.true_sequential, (bool, NoneType)):
@@ -140,6 +150,7 @@ class SparseConfig:
                 )
         if self.refine is not None:
             _check_choice("refine", self.refine, REFINEMENTS)
+        self._check_quantization()
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
         _check_dataset(self.dataset)
@@ -149,6 +160,18 @@ class SparseConfig:
         )
         if self.block_range is not None:
             object.__setattr__(self, "block_range", _block_range(self.block_range))
+
+    def _check_quantization(self) -> None:
+        if self.group_size is not None and self.group_size != -1:
+            _check_int("group_size", self.group_size, 1)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
+            object.__setattr__(self, "group_size", self.group_size or 128)
+        elif self.group_size is not None or self.symmetric:
+            raise ValueError(
+                f"group_size={self.group_size!r} and symmetric={self.symmetric!r} are those of a quantization: choose "
+                f"one of {', '.join(QUANTIZATIONS)}, or leave them out."
+            )
 
     @property
     def quant_method(self) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from .quantization import Grid
     from .uses import View
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 # A component of a module name that is an integer: an index into a list of blocks or experts.
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])")
 _RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
+# What of a configuration says how weights are quantised.
+QUANTIZATION_FIELDS = ("quantization", "group_size", "symmetric")
 _MOST_NAMES = 1_000_000
 _HUB_SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})$")
 
@@ -194,24 +197,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def recount(
+    model: PreTrainedModel, metadata: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
+) -> dict[str, Any]:
     """The metadata of `model`, with the zeros that its weights have now.
 
     Weights change after pruning: merging an ordinary LoRA adapter, for one, leaves no zero. An N:M pattern that no
-    longer holds is set to `None`. Differences are logged as a warning.
+    longer holds is set to `None`, and what is no longer on its grid is not called quantised. Differences are logged as
+    a warning.
 
     Args:
         model: The model.
         metadata: Its `config.sparsity_config`.
+        grids: What its matrices were rounded to, by name, if they were.
 
     Raises:
         ValueError: The metadata names a module that the model does not have.
     """
-    matrices = {}
+    matrices, off_grid = {}, None
     for folded, entry in metadata["matrices"].items():
         patterns = [entry["pattern"]] if entry["pattern"] else []
         shape, transposed = tuple(entry["shape"]), entry["transposed"]
-        counts = [count(matrix_of(model, name, shape, transposed)[1], patterns) for name in expand_name(folded)]
+        counts = []
+        for name in expand_name(folded):
+            matrix = matrix_of(model, name, shape, transposed)[1]
+            counts.append(count(matrix, patterns))
+            if "quantization" in metadata:
+                off_grid = off_grid or against_grid(name, matrix, grids or {})
         holds = all(c.patterns for c in counts)
         matrices[folded] = {**entry, **_entry(counts, entry["pattern"] if holds else None)}
     current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
@@ -221,7 +233,28 @@ def recount(model: PreTrainedModel, metadata: Mapping[str, Any]) -> dict[str, An
             100 * metadata["achieved_sparsity"],
             100 * current["achieved_sparsity"],
         )
+    if off_grid is not None:
+        logger.warning("The model is saved without its grids and no longer called quantised: %s.", off_grid)
+        current = {name: value for name, value in current.items() if name not in QUANTIZATION_FIELDS}
     return current
+
+
+def against_grid(name: str, matrix: torch.Tensor, grids: Mapping[str, Grid]) -> str | None:
+    """Why a matrix cannot be said to be on its grid, or `None`.
+
+    Args:
+        name: Its name.
+        matrix: Its weight, `[out_features, in_features]`.
+        grids: Those of the model.
+    """
+    grid = grids.get(name)
+    if grid is None:
+        return f"the grid of {name} is not known"
+    try:
+        grid.codes(matrix)
+    except ValueError as error:
+        return f"{name}: {error}"
+    return None
 
 
 def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: bool) -> tuple[str, torch.Tensor]:

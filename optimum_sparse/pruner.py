@@ -25,9 +25,10 @@ from .matrices import find_blocks, find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
+from .quantization import Grid, write_grids
 from .report import REPORT_FILE, SparsityReport, take_pictures
 from .run import PruningRun
-from .saving import check_target, replace_folder
+from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,6 +67,7 @@ class SparsePruner:
         self.config = config
         self.progress = progress
         self.report: SparsityReport | None = None
+        self._grids: dict[str, Grid] = {}
 
     def prune(
         self,
@@ -137,6 +139,7 @@ class SparsePruner:
             depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
             with depth.watching():
                 matrices = run.prune()
+            self._grids = run.grids
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
@@ -182,7 +185,7 @@ class SparsePruner:
         if not Processes().is_main:
             return
         check_target(model, directory)
-        model.config.sparsity_config = metadata.recount(model, self._metadata(model))
+        model.config.sparsity_config = metadata.recount(model, self._metadata(model), self._grids)
         with replace_folder(directory) as folder, savable(model):
             if compressed:
                 with tempfile.TemporaryDirectory(dir=folder) as dense:
@@ -192,6 +195,8 @@ class SparsePruner:
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if "quantization" in model.config.sparsity_config:
+                write_grids(folder / GRIDS_FILE, self._grids)
             if self.report is not None:
                 self.report.sizes = {
                     "dense": sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -20,12 +20,14 @@ from .config import SparseConfig
 from .distributed import Processes
 from .matrices import PrunableMatrix
 from .offload import Residency, execution_device, value_of
+from .quantization import Grid, read_grids, write_grids
 from .report import MatrixReport, SparsityReport
 from .saving import replace_file, write_tensors
 from .spill import ACTIVATIONS_FOLDER
 
 FINGERPRINT_FILE = "run.json"
 FILES = "[0-9]*.safetensors"
+GRIDS = "grids-"
 # Of each weight, so many values at its start, in its middle and at its end are looked at.
 SAMPLE = 1024
 
@@ -41,6 +43,7 @@ class Steps:
         model: The model, before anything is changed.
         residency: Its offloaded weights.
         report: Gets the entries of the steps that were done before; has those of the others.
+        grids: The same of what matrices were rounded to, by name.
         processes: All of them read the files, the main one writes them.
         folder: Where the files are, or will be; `None` to keep nothing.
         depends_on: What the result of the run depends on besides the model and the steps, as pure JSON.
@@ -59,12 +62,14 @@ class Steps:
         model: nn.Module,
         residency: Residency,
         report: SparsityReport,
+        grids: dict[str, Grid],
         processes: Processes,
         folder: Path | None,
         depends_on: Mapping[str, Any],
     ) -> None:
         self._residency = residency
         self._report = report
+        self._grids = grids
         self._processes = processes
         self._folder = folder
         self._order = {step: position for position, step in enumerate(members)}
@@ -87,6 +92,9 @@ class Steps:
         with safe_open(file, framework="pt") as tensors:
             record = json.loads(tensors.metadata()["record"])
         self._residency.restore(file)
+        grids = file.with_name(f"{GRIDS}{file.name}")
+        if grids.is_file():
+            self._grids |= read_grids(grids)
         self._report.matrices += [_entry(fields) for fields in record["entries"]]
         steps = list(self._order)
         if self._processes.is_main:  # the counts are those of all
@@ -121,6 +129,9 @@ class Steps:
         changed = {matrix.view.parameter: matrix for entry in entries for matrix in [self._matrices[entry.name]]}
         path = self._folder / f"{done:06}.safetensors"
         with self._residency.holding(changed):
+            grids = {entry.name: self._grids[entry.name] for entry in entries if entry.name in self._grids}
+            if grids and self._processes.is_main:  # before the weights, whose file says that all is there
+                write_grids(path.with_name(f"{GRIDS}{path.name}"), grids)
             tensors = {name: matrix.parameter for name, matrix in changed.items()}
             if self._processes.is_main:
                 write_tensors(path, tensors, {"record": json.dumps(record)})
@@ -130,7 +141,7 @@ class Steps:
 
 def remove_progress(folder: Path) -> None:
     """Delete the progress of a run, and its folder unless there is something else in it."""
-    for path in [*folder.glob(FILES), folder / FINGERPRINT_FILE]:
+    for path in [*folder.glob(FILES), *folder.glob(f"{GRIDS}*"), folder / FINGERPRINT_FILE]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

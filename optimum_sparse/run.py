@@ -31,6 +31,7 @@ from .offload import Residency, execution_device
 from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
 from .progress import Progress
+from .quantization import Grid
 from .report import SparsityReport
 from .resume import Steps, depends_on, digest, fingerprint
 from .solver import Clock, Group, Solved, Solver
@@ -101,6 +102,11 @@ class PruningRun:
         self._paddings = [Padding.of(batch) for batch in batches]
         self._text = text_models(model)
 
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """What matrices were rounded to, by name, if they were."""
+        return self._solver.grids
+
     def prune(self) -> list[PrunableMatrix]:
         """Prune the model, and return what was pruned."""
         with self._residency:
@@ -109,7 +115,8 @@ class PruningRun:
     def _prune(self) -> list[PrunableMatrix]:
         data_free = self._solver.statistics is None
         self._check_processes()
-        slow = fused.missing(execution_device(self._model)) if METHODS[self.config.method].sweeps else None
+        rounds = self.config.quantization is not None
+        slow = fused.missing(execution_device(self._model), rounds) if METHODS[self.config.method].sweeps else None
         self._report.notes += [slow] if slow else []
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
@@ -221,6 +228,7 @@ class PruningRun:
             self._model,
             self._residency,
             self._report,
+            self._solver.grids,
             self._processes,
             self._folder,
             {**depends_on(self.config, self._given), **how},

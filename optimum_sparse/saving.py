@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-# Weight files of an earlier save, which would be loaded along with the new ones.
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# The grids of quantised weights. They are not beside the weights: software that loads every safetensors file it finds
+# there would take them for such.
+GRIDS_FILE = "quantization/grids.safetensors"
+# Files of an earlier save, which would be loaded along with the new ones.
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    GRIDS_FILE,
+)
 
 # How the names of folders begin that a save is written to before it replaces the target's files.
 TEMPORARY = ".saving-"
@@ -40,13 +49,15 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=directory))
     try:
         yield temporary
-        new = sorted(path.name for path in temporary.iterdir())
+        new = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        for name in new:
+            (directory / name).parent.mkdir(exist_ok=True)
         # The index of sharded weights comes after the shards it names, the rest after the weights.
-        for name in sorted(new, key=lambda name: (not name.endswith(".safetensors"), name)):
+        for name in sorted(new, key=lambda name: (name.suffix != ".safetensors", name)):
             os.replace(temporary / name, directory / name)
         for pattern in WEIGHT_FILES:
             for path in directory.glob(pattern):
-                if path.name not in new:
+                if path.relative_to(directory) not in new:
                     path.unlink()
     finally:
         shutil.rmtree(temporary)

@@ -15,12 +15,14 @@ from .config import SparseConfig
 from .distributed import Processes
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
+from .methods.quantize import quantize
 from .methods.refine import refine
 from .methods.threads import one_thread
 from .offload import Residency
 from .patterns import SharedRows
 from .precision import full_precision
 from .progress import Progress
+from .quantization import Grid
 from .report import MatrixReport, SparsityReport
 from .statistics import GramStatistics, Statistics
 
@@ -35,11 +37,12 @@ Group = Sequence[PrunableMatrix]
 
 @dataclass(frozen=True)
 class Solved:
-    """A matrix, its new weight in the model's dtype, and what the report says of it."""
+    """A matrix, its new weight in the model's dtype, what the report says of it, and the grid it was rounded to."""
 
     matrix: PrunableMatrix
     weight: torch.Tensor
     entry: MatrixReport
+    grid: Grid | None
 
 
 class Solver:
@@ -60,11 +63,12 @@ class Solver:
         self._progress = progress
         self._residency = residency
         self._processes = processes
+        self.grids: dict[str, Grid] = {}
 
     @property
     def shares_rows(self) -> bool:
         """Whether processes can each solve some of the rows."""
-        return self._method.apart and not self._config.refine
+        return self._method.apart and not self._config.refine and not self._config.quantization
 
     def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
         """Empty statistics for the inputs of a matrix."""
@@ -93,7 +97,7 @@ class Solver:
                     weight = solution.weight
                     spent = (clock.elapsed + seconds) / len(group)
                     entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share)
-                    solved.append(Solved(matrix, weight, entry))
+                    solved.append(Solved(matrix, weight, entry, solution.grid))
         return solved
 
     def write(self, solved: Sequence[Solved]) -> None:
@@ -102,6 +106,8 @@ class Solver:
             with self._residency.holding([one.matrix.view.parameter]):
                 one.matrix.write(one.weight)
             self._report.matrices.append(one.entry)
+            if one.grid is not None:
+                self.grids[one.matrix.name] = one.grid.to("cpu")
             self._progress.step(one.entry)
             for note in one.entry.notes if self._processes.is_main else ():
                 logger.warning("%s: %s.", one.matrix.name, note)
@@ -148,6 +154,8 @@ class Solver:
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)
                 solution = refine(self._config.refine, solution, weight, statistics, stack[0].pattern, self._config)
+            if self._config.quantization and solution.grid is None:
+                solution = quantize(solution, statistics, stack[0].pattern, self._config)
         except ValueError as error:
             raise ValueError(f"{names}: {error}.") from error
         errors: list[float | None] = [None] * len(stack)
@@ -164,7 +172,9 @@ class Solver:
         if gather is not None:
             solution = replace(solution, weight=gather(solution.weight), mask=gather(solution.mask))
         parts = zip(solution.weight.split(sizes), solution.mask.split(sizes), strict=True)
-        return [replace(solution, weight=part, mask=mask) for part, mask in parts], errors
+        grids = [None] * len(stack) if solution.grid is None else solution.grid.split(sizes)
+        solutions = [replace(solution, weight=p, mask=m, grid=g) for (p, m), g in zip(parts, grids, strict=True)]
+        return solutions, errors
 
     def _is_shared(self, num_rows: int) -> bool:
         """Whether so many rows are shared out: if there are some for each process."""

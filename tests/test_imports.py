@@ -20,6 +20,7 @@ ORDER = [
     "distributed",
     "precision",
     "saving",
+    "quantization",
     "uses",
     "offload",
     "calibration",

@@ -214,6 +214,8 @@ print(json.dumps([status("VmHWM") - before, workspace(config, width, rows)]))
         ({"method": "wanda-update"}, 2048, 1024),
         ({"method": "admm"}, 1024, 1024),
         ({"method": "wanda", "refine": "cg"}, 1024, 1024),
+        ({"method": "sparsegpt", "quantization": "int4"}, 1024, 4096),
+        ({"method": "wanda", "quantization": "int4"}, 1024, 4096),
     ],
     ids=str,
 )

@@ -7,17 +7,23 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import hub_errors, local_path, model_class, read_json
-from ..metadata import Claim, Count, count, differences, expand_name, fold_names, matrix_of, read_claims
+from ..metadata import Claim, Count, against_grid, count, differences, expand_name, fold_names, matrix_of, read_claims
 from . import user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..quantization import Grid
 
 DESCRIPTION = """\
 Read the weights of a checkpoint, one tensor at a time, and print how many of them are zero, which N:M patterns they
-satisfy, and whether the sparsity_config in config.json tells the truth about them.
+satisfy, and whether the sparsity_config in config.json tells the truth about them: if it says that they are
+quantised, also whether they are on their grids.
 
 exit code: 0 it does, 1 it does not or there is none, 2 the checkpoint cannot be read
 """
@@ -74,17 +80,25 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
     claims, problems = _claims(config)
     claimed = {name: claim for claim in claims.values() for name in claim.names}
 
-    found = {}
-    for name, weight in _matrices(folder, config):
+    grids, missing = _grids(folder, config)
+    problems += missing
+    found, off_grid = {}, []
+    for name, weight in _matrices(folder, config, values=bool(grids)):
         claim = claimed.get(name)
         conv1d = config.get("model_type") in CONV1D_MODELS and name.rsplit(".", 1)[-1] in CONV1D_MODULES
         patterns = dict.fromkeys([*COMMON_PATTERNS, claim.pattern if claim else None])
         transposed = claim.transposed if claim else conv1d
-        found[name] = count(weight.T if transposed and weight.ndim == 2 else weight, filter(None, patterns))
+        weight = weight.T if transposed and weight.ndim == 2 else weight
+        found[name] = count(weight, filter(None, patterns))
+        if claim and grids:
+            off_grid.append(against_grid(name, weight, grids))
     elsewhere = {name: claim for name, claim in claimed.items() if name not in found}
     if elsewhere:
-        found |= _counts_after_loading(folder, elsewhere)
-    problems = problems or differences(claims, found)
+        for name, weight in _after_loading(folder, elsewhere):
+            found[name] = count(weight, filter(None, [elsewhere[name].pattern]))
+            if grids:
+                off_grid.append(against_grid(name, weight, grids))
+    problems = problems or [*differences(claims, found), *(f"{reason}." for reason in off_grid if reason)]
 
     unclaimed = fold_names(name for name in found if name not in claimed)
     groups = {folded: claim.names for folded, claim in claims.items()}
@@ -105,28 +119,42 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
     }
 
 
-def _counts_after_loading(folder: Path, claimed: dict[str, Claim]) -> dict[str, Count]:
-    """Counts of matrices that are not in the files by their names: many architectures rename or join them in saving.
+def _grids(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Grid], list[str]]:
+    """The grids of a checkpoint, and what is wrong if it should have some."""
+    from ..quantization import read_grids
+    from ..saving import GRIDS_FILE
+
+    claim = config.get("sparsity_config")
+    if not isinstance(claim, dict) or claim.get("quantization") is None:
+        return {}, []
+    try:
+        return read_grids(folder / GRIDS_FILE), []
+    except ValueError as error:
+        return {}, [str(error)]
+    except FileNotFoundError:
+        return {}, [f"It claims {claim['quantization']}, but there is no {GRIDS_FILE}: save with SparsePruner.save."]
+
+
+def _after_loading(folder: Path, claimed: dict[str, Claim]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The matrices that are not in the files by their names: many architectures rename or join them in saving.
 
     Only transformers knows how, so this takes the memory of the model.
 
     Args:
         folder: The checkpoint.
-        claimed: What is claimed for each matrix. Those that are nowhere in the files are left out of the result.
+        claimed: What is claimed for each matrix. Those that are nowhere in the files are left out.
     """
     model, info = model_class(folder).from_pretrained(
         folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    counts = {}
     for name, claim in claimed.items():
         try:
             parameter, matrix = matrix_of(model, name, claim.shape, claim.transposed)
         except ValueError:
             continue  # the caller says that it is missing
         if parameter not in absent:
-            counts[name] = count(matrix, filter(None, [claim.pattern]))
-    return counts
+            yield name, matrix
 
 
 def _claims(config: dict[str, Any]) -> tuple[dict[str, Claim], list[str]]:
@@ -186,8 +214,11 @@ def _download(repo_id: str) -> Path:
         )
 
 
-def _matrices(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Module name of each tensor with two or more dimensions, and the tensor, or of a packed one what is not zero."""
+def _matrices(folder: Path, config: dict[str, Any], values: bool) -> Iterator[tuple[str, Any]]:
+    """Module name of each tensor with two or more dimensions, and the tensor.
+
+    Of a packed one, which weights are not zero, unless their values are needed.
+    """
     from ..checkpoint import Checkpoint, encoding, weight_files
     from ..packing import Packed
 
@@ -196,4 +227,6 @@ def _matrices(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]
             for name in names:
                 tensor = checkpoint.read(name)
                 if len(tensor.shape) >= 2:
-                    yield name.removesuffix(".weight"), tensor.nonzero() if isinstance(tensor, Packed) else tensor
+                    if isinstance(tensor, Packed):
+                        tensor = tensor.unpack() if values else tensor.nonzero()
+                    yield name.removesuffix(".weight"), tensor

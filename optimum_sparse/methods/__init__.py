@@ -53,6 +53,8 @@ class Method:
 LIBRARY_BUFFERS = 80 * 2**20
 # For the refinements, as `Method.memory`.
 REFINEMENT_MEMORY = {"cg": (53, 16), "swaps": (53, 16)}
+# For rounding to a grid, as `Method.memory`.
+QUANTIZATION_MEMORY = (36, 5)
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.solve, None, apart=True, memory=(19, 0)),
@@ -75,6 +77,7 @@ def workspace(config: SparseConfig, in_features: int, rows: int) -> int:
         rows: How many rows they have together.
     """
     needs = [METHODS[config.method].memory] + ([REFINEMENT_MEMORY[config.refine]] if config.refine else [])
+    needs += [QUANTIZATION_MEMORY] if config.quantization else []
     return LIBRARY_BUFFERS + int(max(w * in_features * rows + g * in_features**2 for w, g in needs))
 
 

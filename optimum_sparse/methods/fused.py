@@ -22,8 +22,10 @@ def usable(columns: torch.Tensor) -> bool:
     return columns.is_cuda and triton is not None
 
 
-def missing(device: torch.device) -> str | None:
-    """What to tell a user on whose device the kernel could be used, but is not."""
+def missing(device: torch.device, rounds: bool) -> str | None:
+    """What to tell a user on whose device the kernel could be used, but is not; `rounds` if weights are quantised."""
+    if device.type == "cuda" and rounds:
+        return "the kernel does not quantise: the sweep goes column by column, several times slower"
     if device.type == "cuda" and triton is None:
         return "Triton is not installed (pip install triton): the sweep goes column by column, several times slower"
     return None

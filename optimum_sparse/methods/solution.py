@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..quantization import Grid
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -13,12 +15,14 @@ class Solution:
 
     Attributes:
         weight: `[rows, in_features]` fp32, exactly zero where `mask` is false.
-        mask: Boolean `[rows, in_features]`, true where a weight was kept.
+        mask: Boolean `[rows, in_features]`, true where a weight was kept. Quantised, it may have become zero.
         damping: Fraction of the mean diagonal that was added to the Hessian, or `None` if the method has none.
         residual: How far an iterative method was from convergence when it stopped, or `None` if it does not iterate.
+        grid: What the weight was rounded to, or `None`.
     """
 
     weight: torch.Tensor
     mask: torch.Tensor
     damping: float | None = None
     residual: float | None = None
+    grid: Grid | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from ..config import SparseConfig
 from ..patterns import NM, Pattern, Unstructured, by_matrix, keep_all_but, keep_mask, num_pruned
+from ..quantization import Rounding, joint_rounding
 from ..statistics import GramStatistics
 from . import fused
 from .hessian import reversed_cholesky
@@ -44,6 +46,7 @@ def solve(
         target,
     )  # a block of the target is needed only until its errors are known
     mask = torch.empty_like(target, dtype=torch.bool)
+    rounding = joint_rounding(weight, config)
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
         eye = torch.eye(stop - start, device=factor.device)
@@ -54,12 +57,14 @@ def solve(
             keep = None
             if isinstance(pattern, Unstructured):
                 keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
-            mask[block] = _sweep(columns, inverse, keep, pattern)
+            mask[block] = _sweep(columns, inverse, keep, pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
     # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
-    torch.where(mask & dead[:, None], weight.T, pruned, out=pruned)
-    del target, errors  # make room for the copies
-    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping)
+    grid = None if rounding is None else rounding.grid
+    unmoved = weight if grid is None else grid.round(weight)
+    torch.where(mask & dead[:, None], unmoved.T, pruned, out=pruned)
+    del target, errors, unmoved  # make room for the copies
+    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping, grid=grid)
 
 
 def _blocks(in_features: int, block_size: int, pattern: Pattern) -> list[tuple[int, int]]:
@@ -91,7 +96,14 @@ def _select(
     return by_matrix(saliency.abs().T, rows, keep).T
 
 
-def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | None, pattern: Pattern) -> torch.Tensor:
+def _sweep(
+    columns: torch.Tensor,
+    inverse: torch.Tensor,
+    keep: torch.Tensor | None,
+    pattern: Pattern,
+    rounding: Rounding | None = None,
+    start: int = 0,
+) -> torch.Tensor:
     """Prune the columns of a block one after the other, in place.
 
     Args:
@@ -99,26 +111,39 @@ def _sweep(columns: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor | No
         inverse: `[columns, columns]` R_bb, upper triangular.
         keep: `[columns, rows]` mask, or `None` to choose it per N:M group when the sweep gets there.
         pattern: The pattern.
+        rounding: Rounds what is kept, so that the columns behind make up for that, too.
+        start: Which input the first column is.
 
     Returns:
         The mask, true where a weight was kept.
     """
     width = columns.shape[0]
     group = pattern.m if isinstance(pattern, NM) else 1
-    panel, inner = (fused.sweep, fused.PANEL) if fused.usable(columns) else (_sweep_panel, INNER)
+    fast = fused.usable(columns) and rounding is None
+    panel, inner = (fused.sweep, fused.PANEL) if fast else (_sweep_panel, INNER)
     step = -(-inner // group) * group
     mask = torch.empty_like(columns, dtype=torch.bool) if keep is None else keep.contiguous()
     for begin in range(0, width, step):
         mine = slice(begin, min(begin + step, width))
-        errors = panel(columns[mine], inverse[mine, mine], mask[mine], pattern, keep is None)
+        rounded = {}
+        if rounding is not None:
+            ahead = columns[begin:] if keep is None else columns[begin:].masked_fill(~mask[begin:], 0)
+            rounding.enter(ahead, start + begin, mine.stop - begin)
+            rounded["rounded"] = partial(rounding.column, start=start + begin)
+        errors = panel(columns[mine], inverse[mine, mine], mask[mine], pattern, keep is None, **rounded)
         columns[mine.stop :].addmm_(inverse[mine, mine.stop :].T, errors, alpha=-1)
     return mask
 
 
 def _sweep_panel(
-    columns: torch.Tensor, inverse: torch.Tensor, mask: torch.Tensor, pattern: Pattern, choose: bool
+    columns: torch.Tensor,
+    inverse: torch.Tensor,
+    mask: torch.Tensor,
+    pattern: Pattern,
+    choose: bool,
+    rounded: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """What `fused.sweep` does, column by column; its oracle."""
+    """What `fused.sweep` does, column by column; its oracle. `rounded` gives what a column is rounded to."""
     group = pattern.m if isinstance(pattern, NM) else 1
     diagonal, errors = inverse.diagonal(), torch.empty_like(columns)
     for i, (column, error) in enumerate(zip(columns, errors, strict=True)):
@@ -128,5 +153,9 @@ def _sweep_panel(
         torch.div(column, diagonal[i], out=error)
         error.masked_fill_(mask[i], 0)
         column.masked_fill_(~mask[i], 0)
+        if rounded is not None:
+            nearest = rounded(column, i)
+            error.add_(column.sub_(nearest).div_(diagonal[i]))
+            column.copy_(nearest)
         columns[i + 1 :].addr_(inverse[i, i + 1 :], error, alpha=-1)
     return errors

@@ -8,6 +8,7 @@ import torch
 
 from ..config import SparseConfig
 from ..patterns import Pattern
+from ..quantization import Rounding, joint_rounding
 from ..statistics import GramStatistics
 from . import magnitude, wanda
 from .hessian import reversed_cholesky
@@ -28,7 +29,7 @@ def solve_wanda(
     See `optimum_sparse.methods` for the arguments.
     """
     mask = wanda.solve(weight, statistics, pattern, config, rows).mask
-    return _update(weight, mask, statistics, pattern, config)
+    return update(weight, mask, statistics, pattern, config, joint_rounding(weight, config))
 
 
 def solve_magnitude(
@@ -43,13 +44,27 @@ def solve_magnitude(
     See `optimum_sparse.methods` for the arguments.
     """
     mask = magnitude.solve(weight, None, pattern, config, rows).mask
-    return _update(weight, mask, statistics, pattern, config)
+    return update(weight, mask, statistics, pattern, config, joint_rounding(weight, config))
 
 
-def _update(
-    weight: torch.Tensor, mask: torch.Tensor, statistics: GramStatistics, pattern: Pattern, config: SparseConfig
+def update(
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    statistics: GramStatistics,
+    pattern: Pattern,
+    config: SparseConfig,
+    rounding: Rounding | None = None,
 ) -> Solution:
-    """The paper's sequential update: SparseGPT's sweep from left to right, with a mask that is already chosen."""
+    """The paper's sequential update: SparseGPT's sweep from left to right, with a mask that is already chosen.
+
+    Args:
+        weight: What to come close to, `[rows, in_features]` fp32.
+        mask: True where a weight is kept.
+        statistics: Of the inputs.
+        pattern: Of the mask.
+        config: Size of the blocks, and damping.
+        rounding: Rounds what is kept, so that the columns behind make up for that, too.
+    """
     factor, damping = reversed_cholesky(statistics, config.dampening_frac)
     target, keep = weight.T.contiguous(), mask.T.contiguous()
     pruned, errors = (
@@ -63,7 +78,8 @@ def _update(
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
         with one_thread():
-            _sweep(columns, inverse, keep[block], pattern)
+            _sweep(columns, inverse, keep[block], pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
     del target, errors  # make room for the copy
-    return Solution(pruned.T.contiguous(), mask, damping)
+    grid = None if rounding is None else rounding.grid
+    return Solution(pruned.T.contiguous(), mask, damping, grid=grid)
