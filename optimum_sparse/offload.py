@@ -313,6 +313,7 @@ class Residency:
     def _bring_in(self, unit: _Unit) -> None:
         if unit.is_in:
             return
+        self._check_written(wait=False)  # here and not in `_evict`, of which none is left out when something is wrong
         self._read_ahead(unit)  # also waits for what is still being written
         assert unit.coming is not None
         values, unit.coming = unit.coming.result(), None
@@ -331,7 +332,6 @@ class Residency:
     def _evict(self, unit: _Unit) -> None:
         if not unit.is_in:
             return
-        self._check_written(wait=False)
         going = [tensor for tensor in unit.tensors if tensor.users == 1]
         changed = {tensor: tensor.there.detach() for tensor in going if tensor.there._version != tensor.version}
         if changed:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,11 +160,15 @@ def test_new_files_go_when_the_model_goes(tmp_path: Path) -> None:
     assert list((tmp_path / "offload").iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_the_model_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [0, 1])  # the run has come to its end before a slow disk says that it is full
+def test_a_full_disk_is_said_and_the_model_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
     dense, batches = dense_model("llama"), tiny_batches(2)
     model = placed(dense, "map", tmp_path)
 
     def full(*_: object) -> None:
+        time.sleep(seconds)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("optimum_sparse.offload.write_tensors", full)
