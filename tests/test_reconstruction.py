@@ -134,12 +134,8 @@ def test_relative_error_is_that_of_each_token():
 
 def pruned(model, folder: Path | None = None, epochs: int | None = 2, **options):
     arguments = {name: options.pop(name) for name in ("activation_device", "resume_from") if name in options}
-    settings = {
-        "reconstruct": epochs,
-        "batch_size": 1,
-        **({} if "pattern" in options else {"sparsity": 0.6}),
-        **options,
-    }
+    settings = {"reconstruct": epochs, "batch_size": 2, **options}
+    settings |= {} if "pattern" in options else {"sparsity": 0.6}
     if epochs is None:
         settings["true_sequential"] = False
     pruner = SparsePruner(progress=False, **settings)
@@ -166,7 +162,7 @@ def test_models_come_closer_to_the_dense_one(
         return tiny_mixtral() if kind == "mixtral" else tiny_model(kind)
 
     dense, trained, plain = model(), model(), model()
-    report = pruned(trained, tmp_path, epochs=6, **options).report
+    report = pruned(trained, tmp_path, epochs=4, **options).report
     assert report.sparsity == pruned(plain, epochs=None, **options).report.sparsity
     assert list(report.reconstruction) == [entry.block for entry in report.matrices][:: len(report.matrices) // 2]
     assert all(found["after"] < found["before"] for found in report.reconstruction.values())
