@@ -116,6 +116,11 @@ class SparseConfig:
         "what is done to each solution afterwards: 'cg' gives the kept weights their best values, 'swaps' exchanges "
         "kept and pruned ones (default: nothing)",
     )
+    reconstruct: int | None = _option(
+        None,
+        "train the kept weights, norms and biases of each pruned block to do what the dense block did, for so many "
+        "epochs at most; goes block by block, as true_sequential=False (default: do not)",
+    )
     quantization: str | None = _option(
         None,
         f"also round the kept weights to so many bits, {QUANTIZATIONS[0]} to {QUANTIZATIONS[-1]}; methods that update "
@@ -131,7 +136,7 @@ class SparseConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("num_samples", "block_size"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("seqlen", "batch_size", "min_expert_tokens"):
+        for name in ("seqlen", "batch_size", "min_expert_tokens", "reconstruct"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, 0)
@@ -150,6 +155,7 @@ class SparseConfig:
                 )
         if self.refine is not None:
             _check_choice("refine", self.refine, REFINEMENTS)
+        self._check_reconstruct()
         self._check_quantization()
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
@@ -160,6 +166,20 @@ class SparseConfig:
         )
         if self.block_range is not None:
             object.__setattr__(self, "block_range", _block_range(self.block_range))
+
+    def _check_reconstruct(self) -> None:
+        if self.reconstruct is None:
+            return
+        why = None
+        if self.method == "magnitude" and self.refine is None:
+            why = "method='magnitude', which sees no data to train on"
+        elif self.true_sequential:
+            why = "true_sequential=True, which prunes layer by layer: blocks are trained as a whole"
+        elif self.quantization is not None:
+            why = f"quantization={self.quantization!r}: training leaves the grid"
+        if why:
+            raise ValueError(f"reconstruct={self.reconstruct} does not go with {why}. Leave one of them out.")
+        object.__setattr__(self, "true_sequential", False)
 
     def _check_quantization(self) -> None:
         if self.group_size is not None and self.group_size != -1:

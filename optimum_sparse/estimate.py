@@ -26,6 +26,8 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
         config: The method and how it runs.
     """
     seconds = 2 * forward if config.true_sequential is False else forward
+    # A step of training costs three forwards.
+    seconds += 3 * forward * (config.reconstruct or 0)
     if statistics_for(config) is GramStatistics:
         forward_flops = sum(2 * g.in_features * g.rows * g.share for g in groups) * tokens
         # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output, and

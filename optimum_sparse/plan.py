@@ -193,6 +193,9 @@ def _plan(
     for group in work.groups:
         solving = max(solving, workspace(config, group.in_features, group.rows))
     running = int(MARGIN * footprint.running * batch_rows * work.row_tokens)
+    # Weights in fp32 with gradients, two moments and a mask, twice in their own type; a graph holds what it has run.
+    largest = max(_block_sizes(work.groups).values(), default=0) if config.reconstruct else 0
+    training = 22 * largest + (2 * running if largest else 0)
     memory = {
         "held before": work.held,
         "offloaded blocks": work.units,
@@ -200,9 +203,18 @@ def _plan(
         "statistics": statistics,
         # Not at the same time, but an allocator does not always give back what a batch has freed.
         "running batch": running,
-        "solving": solving,
+        "solving": max(solving, training),
+        "outputs of the dense block": int(MARGIN * footprint.entering * work.tokens) if largest else 0,
     }
     return Plan(true_sequential, place, batch_rows, memory, budget, waiting if place else 0)
+
+
+def _block_sizes(groups: Sequence[GroupShape]) -> dict[str, int]:
+    """Weights in each block."""
+    sizes: dict[str, int] = {}
+    for group in groups:
+        sizes[group.block] = sizes.get(group.block, 0) + group.in_features * group.rows
+    return sizes
 
 
 def gib(size: float) -> str:

@@ -51,6 +51,7 @@ class Steps:
     Attributes:
         left: The steps that were not done before.
         late: How many batches came to a step too late to count.
+        trained: Names of parameters that were changed besides those of pruned matrices, since the last file.
 
     Raises:
         ValueError: `folder` has the progress of another run, or something else.
@@ -67,6 +68,7 @@ class Steps:
         folder: Path | None,
         depends_on: Mapping[str, Any],
     ) -> None:
+        self._model = model
         self._residency = residency
         self._report = report
         self._grids = grids
@@ -76,6 +78,7 @@ class Steps:
         self._matrices = {matrix.name: matrix for matrices in members.values() for matrix in matrices}
         self._ends = set({matrix.block: step for step, matrices in members.items() for matrix in matrices}.values())
         self.late: Counter[Any] = Counter()
+        self.trained: list[str] = []
         done = 0
         if folder is not None:
             names = [[matrix.name for matrix in matrices] for matrices in members.values()]
@@ -96,6 +99,7 @@ class Steps:
         if grids.is_file():
             self._grids |= read_grids(grids)
         self._report.matrices += [_entry(fields) for fields in record["entries"]]
+        self._report.reconstruction |= record["reconstruction"]
         steps = list(self._order)
         if self._processes.is_main:  # the counts are those of all
             self.late = Counter({steps[position]: count for position, count in record["late"]})
@@ -125,14 +129,20 @@ class Steps:
             return
         self._num_saved += len(entries)
         late = [(self._order[step], count) for step, count in self.all_late().items()]
-        record = {"done": done, "late": late, "entries": [dataclasses.asdict(entry) for entry in entries]}
-        changed = {matrix.view.parameter: matrix for entry in entries for matrix in [self._matrices[entry.name]]}
+        record = {
+            "done": done,
+            "late": late,
+            "entries": [dataclasses.asdict(entry) for entry in entries],
+            "reconstruction": self._report.reconstruction,
+        }
+        changed = {self._matrices[entry.name].view.parameter for entry in entries}.union(self.trained)
+        self.trained = []
         path = self._folder / f"{done:06}.safetensors"
         with self._residency.holding(changed):
             grids = {entry.name: self._grids[entry.name] for entry in entries if entry.name in self._grids}
             if grids and self._processes.is_main:  # before the weights, whose file says that all is there
                 write_grids(path.with_name(f"{GRIDS}{path.name}"), grids)
-            tensors = {name: matrix.parameter for name, matrix in changed.items()}
+            tensors = {name: self._model.get_parameter(name) for name in sorted(changed)}
             if self._processes.is_main:
                 write_tensors(path, tensors, {"record": json.dumps(record)})
             self._processes.wait()

@@ -7,10 +7,10 @@ import json
 import math
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
 from .progress import Progress
 from .quantization import Grid
+from .reconstruction import hidden_states, reconstruct
 from .report import SparsityReport
 from .resume import Steps, depends_on, digest, fingerprint
 from .solver import Clock, Group, Solved, Solver
@@ -136,6 +137,11 @@ class PruningRun:
     def _check_processes(self) -> None:
         """See that the processes have the same of everything, before they rely on it."""
         if self._processes.count > 1:
+            if self.config.reconstruct:
+                raise ValueError(
+                    f"reconstruct={self.config.reconstruct} runs in one process, and there are "
+                    f"{self._processes.count}: launch one, or leave it out."
+                )
             self._processes.check_device(execution_device(self._model))
             options, data = depends_on(self.config, self._batches).values()
             facts = {"model": fingerprint(self._model), "configuration": options}
@@ -309,7 +315,7 @@ class PruningRun:
                 elif stop in experts:
                     self._feed_experts(lockstep, str(stop), calls, parked)
                 elif stop in steps.left:
-                    self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
+                    steps.trained += self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
                 steps.did(stop)
         for stop, batches in steps.all_late().items():
             late = f"{batches} of {self._num_batches} batches came to it only after it was pruned and do not count"
@@ -476,8 +482,8 @@ class PruningRun:
 
     def _solve_block(
         self, lockstep: Lockstep, block: str, calls: Sequence[Call], groups: Sequence[Group], entries: Sequence[str]
-    ) -> None:
-        """Prune the matrices of a block at whose entry batches are parked."""
+    ) -> list[str]:
+        """Prune the matrices of a block at whose entry batches are parked, and return what else was changed."""
         entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
 
         def forwards(on_use: OnUse) -> None:
@@ -501,7 +507,46 @@ class PruningRun:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
 
         with self._residency.holding(matrix.view.parameter for group in groups for matrix in group):
+            targets = self._dense_outputs(lockstep, block, calls) if self.config.reconstruct else {}
             self._solve_together(groups, forwards, experts)
+            return self._reconstruct(lockstep, block, calls, groups, targets) if targets else []
+
+    def _dense_outputs(self, lockstep: Lockstep, block: str, calls: Sequence[Call]) -> dict[int, torch.Tensor]:
+        """What a block that is still dense puts out for each batch that is parked at its entry."""
+        module, outputs = self._model.get_submodule(block), {}
+        for call in calls:
+            with self._activations.shown(call.payload):
+                outputs[call.batch] = hidden_states(lockstep.call(call.batch, module, *call.payload))
+        return {batch: output for batch, output in outputs.items() if isinstance(output, torch.Tensor)}
+
+    def _reconstruct(
+        self,
+        lockstep: Lockstep,
+        block: str,
+        calls: Sequence[Call],
+        groups: Sequence[Group],
+        targets: Mapping[int, torch.Tensor],
+    ) -> list[str]:
+        """Train a block that has been pruned, and return the names of the parameters that were trained."""
+        module, payloads = self._model.get_submodule(block), {call.batch: call.payload for call in calls}
+        pruned = {matrix.view.parameter for group in groups for matrix in group}
+        uses = Counter(id(p) for name in self._blocks for p in self._model.get_submodule(name).parameters())
+        names = [
+            name
+            for name, parameter in module.named_parameters()
+            if parameter.is_floating_point() and uses[id(parameter)] == 1
+            if parameter.dim() == 1 or f"{block}.{name}" in pruned
+        ]
+
+        def call_block(batch: int, function: Callable[..., Any]) -> Any:
+            with self._activations.shown(payloads[batch]):
+                return lockstep.call(batch, function, *payloads[batch])
+
+        assert self.config.reconstruct
+        with self._solver.timed("reconstruction"):
+            found = reconstruct(module, names, targets, call_block, self.config.reconstruct)
+        self._report.reconstruction[block] = asdict(found)
+        return [f"{block}.{name}" for name in names]
 
     def _run_watched(self, module: nn.Module, batch: int, on_use: OnUse, *args: Any, **kwargs: Any) -> None:
         with self._watching(batch, partial(on_use, batch)):

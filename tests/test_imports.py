@@ -46,6 +46,7 @@ ORDER = [
     "progress",
     "solver",
     "resume",
+    "reconstruction",
     "run",
     "depth",
     "integrations.hub",

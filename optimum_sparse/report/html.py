@@ -206,6 +206,21 @@ def _depth(report: SparsityReport) -> list[dict[str, Any]]:
                 "rows": [(block, f"{error:.3%}") for block, error in errors],
             }
         )
+    if report.reconstruction:
+        found = report.reconstruction.items()
+        title = "Reconstruction of each block"
+        parts.append(
+            {
+                "title": title,
+                "text": "Error of the block's outputs on calibration windows that were held out, before and after its "
+                "kept weights were trained.",
+                "svg": _curves(
+                    {which: [(block, each[which]) for block, each in found] for which in ("before", "after")}, title
+                ),
+                "head": ("block", "before", "after"),
+                "rows": [(block, f"{each['before']:.3%}", f"{each['after']:.3%}") for block, each in found],
+            }
+        )
     blocks: dict[str, list[float]] = {}
     for matrix in report.matrices:
         if matrix.error is not None:

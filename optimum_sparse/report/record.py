@@ -77,6 +77,8 @@ class SparsityReport:
         depth_error: For each block in order, how far the hidden states behind it are from those of the dense model:
             squared norm of the difference relative to that of the dense ones, mean over the first tokens of one
             calibration batch. Empty without calibration, and for an offloaded model.
+        reconstruction: For each block that was trained after pruning, the error of its outputs on held-out calibration
+            windows `"before"` and `"after"`, and after how many `"epochs"`.
         sizes: Bytes of the weights: `"dense"`, all of them in memory, and `"saved"`, in the files written last.
         pictures: Pieces of a few matrices to look at.
         evaluations: What `evaluate` measured, the latest last.
@@ -97,6 +99,7 @@ class SparsityReport:
     model: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
     depth_error: dict[str, float] = field(default_factory=dict)
+    reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)

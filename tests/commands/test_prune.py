@@ -51,6 +51,7 @@ EVERY_FIELD = {
     "calibrate_all_experts": ("--calibrate-all-experts", True),
     "comparison_group": ("--method wanda --comparison-group layer", "layer"),
     "refine": ("--refine cg", "cg"),
+    "reconstruct": ("--reconstruct 5", 5),
     "quantization": ("--quantization int4", "int4"),
     "group_size": ("--quantization int4 --group-size 32", 32),
     "symmetric": ("--quantization int4 --symmetric", True),

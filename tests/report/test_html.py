@@ -83,7 +83,7 @@ def test_plots_have_a_mark_for_each_figure(page: Page):
     titles = page.text("title")[1:]
     assert len(titles) == 2 * 3 * 4 + 3 + 2 * 3  # two heatmaps, hidden states, mean and worst
     assert "h.2, mlp.down: 6.00%" in titles and "h.1: hidden states 2 %" in titles
-    assert len(page.all("svg")) == 2 + 2 + 2
+    assert len(page.all("svg")) == 2 + 3 + 2
 
 
 def test_it_can_be_used_without_seeing_or_pointing(page: Page):

@@ -1,0 +1,144 @@
+"""Block reconstruction: the kept weights of a pruned block are trained to do what the dense block did.
+
+Methods that prune matrix by matrix keep what each matrix puts out. What counts is what the block puts out, behind its
+nonlinearities; that can be trained on the same few calibration windows ("Free Lunch", arXiv 2510.14444).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+LEARNING_RATE = 3e-4
+BETAS = (0.9, 0.95)
+# Of so many batches one is held out, to see when to stop.
+HELD_OUT = 8
+# Training stops after so many epochs without a better result on them.
+PATIENCE = 2
+
+# Calls a function with the arguments that a batch calls the block with, as its forward would.
+CallBlock = Callable[[int, Callable[..., Any]], Any]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What came of the training of a block.
+
+    Attributes:
+        before: Error of its outputs on the batches held out, see `relative_error`.
+        after: The same with the weights that it has now.
+        epochs: The epoch that these are from; 0 if training never made it better, and nothing was changed.
+    """
+
+    before: float
+    after: float
+    epochs: int
+
+
+def reconstruct(
+    block: nn.Module, names: Collection[str], targets: Mapping[int, torch.Tensor], call: CallBlock, epochs: int
+) -> Reconstruction:
+    """Train parameters of a block so that its outputs come close to targets, on the batches of the targets.
+
+    Adam works on fp32 copies; the block computes with them in the dtype of the model. What is zero in a matrix stays
+    zero, and of all epochs the weights of the one with the least error on the held-out batches are kept.
+
+    Args:
+        block: The pruned block; its parameters are changed in place.
+        names: The parameters to train, by their names in the block.
+        targets: For each batch, what the dense block put out on the same inputs, `[..., tokens, features]`.
+        call: Calls a function as the forward of a batch calls the block.
+        epochs: How often each batch is seen, at most.
+    """
+    trainer = _Trainer(block, names, call)
+    batches = list(targets)
+    held_out = batches[:: min(HELD_OUT, len(batches))]
+    trained = [batch for batch in batches if batch not in held_out] or batches
+    before = best = trainer.error(held_out, targets)
+    values, best_epoch = trainer.values(), 0
+    optimizer = torch.optim.Adam(trainer.masters.values(), lr=LEARNING_RATE, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(trained), LEARNING_RATE / 10)
+    for epoch in range(1, epochs + 1):
+        for batch in trained:
+            optimizer.zero_grad()
+            trainer.backward(batch, targets[batch])
+            optimizer.step()
+            schedule.step()
+        error = trainer.error(held_out, targets)
+        if error < best:
+            best, best_epoch, values = error, epoch, trainer.values()
+        elif not epoch - best_epoch < PATIENCE:
+            break
+    if best_epoch:
+        trainer.write(values)
+    return Reconstruction(before, best, best_epoch)
+
+
+def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared norm of the difference relative to that of the target.
+
+    Relative for each token: a few have hidden states a hundred times as large as those of the others.
+    """
+    target = target.float()
+    tiny = torch.finfo(torch.float32).tiny
+    return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=tiny)).mean()
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """What a block puts out, with or without other things beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Trainer:
+    """The parameters of a block that are trained, as fp32 copies."""
+
+    def __init__(self, block: nn.Module, names: Collection[str], call: CallBlock) -> None:
+        self._block, self._call = block, call
+        self._parameters = {name: block.get_parameter(name) for name in names}
+        self._kept = {name: value != 0 for name, value in self._parameters.items() if value.dim() > 1}
+        self.masters = {
+            name: value.detach().float().clone().requires_grad_() for name, value in self._parameters.items()
+        }
+
+    def backward(self, batch: int, target: torch.Tensor) -> None:
+        """Gradients of the error on a batch, zero for what was pruned."""
+        with torch.enable_grad():
+            self._error(batch, target).backward()
+        for name, kept in self._kept.items():
+            gradient = self.masters[name].grad
+            if gradient is not None:
+                gradient.mul_(kept)
+
+    @torch.no_grad()
+    def error(self, batches: Sequence[int], targets: Mapping[int, torch.Tensor]) -> float:
+        """Mean error on some batches."""
+        return sum(self._error(batch, targets[batch]).item() for batch in batches) / len(batches)
+
+    def _error(self, batch: int, target: torch.Tensor) -> torch.Tensor:
+        weights = {name: self.masters[name].to(value.dtype) for name, value in self._parameters.items()}
+        with_grad = torch.is_grad_enabled()  # which the forward of the batch has turned off
+
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with torch.set_grad_enabled(with_grad):
+                return relative_error(hidden_states(functional_call(self._block, weights, args, kwargs)), target)
+
+        return self._call(batch, run)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The parameters as they are now, in the dtype of the model."""
+        return {name: master.detach().to(self._parameters[name].dtype) for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Give the parameters of the block these values."""
+        for name, value in values.items():
+            parameter, kept = self._parameters[name], self._kept.get(name)
+            if kept is not None:
+                # What is too small for half precision stays as it was: a zero more would be one too many.
+                value = value.where(kept & (value != 0), parameter)
+            parameter.copy_(value)
