@@ -16,6 +16,7 @@ PACKAGE = Path(optimum_sparse.__file__).parent
 # The direction of the data flow: a file imports only from its own entry and from those above it.
 ORDER = [
     "config",
+    "tables",
     "patterns",
     "distributed",
     "precision",

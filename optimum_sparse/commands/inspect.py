@@ -13,6 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import hub_errors, local_path, model_class, read_json
 from ..metadata import Claim, Count, against_grid, count, differences, expand_name, fold_names, matrix_of, read_claims
+from ..tables import text_table
 from . import user_errors
 
 if TYPE_CHECKING:
@@ -182,15 +183,11 @@ def _row(name: str, counts: list[Count], claim: Claim | None) -> dict[str, Any]:
 
 def _table(findings: dict[str, Any]) -> str:
     """The findings as text."""
-    rows = [("matrix", "count", "weights", "zeros", "claimed", "pattern")]
+    rows = []
     for row in findings["rows"]:
         zeros, claimed = (_percent(row[key], row["numel"]) for key in ("zeros", "claimed_zeros"))
         rows.append((row["name"], str(row["matrices"]), f"{row['numel']:,}", zeros, claimed, row["pattern"] or "-"))
-    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [
-        "  ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
-        for name, *cells in rows
-    ]
+    lines = [text_table(("matrix", "count", "weights", "zeros", "claimed", "pattern"), rows)]
     if findings["metadata_is_true"]:
         named = f"{findings['pruned_matrices']} matrices"
         zeros = _percent(findings["pruned_zeros"], findings["pruned_weights"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..tables import text_table
 from .record import SparsityReport
 from .summary import megabytes
 
@@ -54,14 +55,8 @@ class Comparison:
 
     def table(self) -> str:
         """The figures as text."""
-        rows = [HEAD, *map(_cells, self.candidates)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-        sides = [str.ljust, str.ljust, *[str.rjust] * (len(HEAD) - 2)]
-        lines = [
-            "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, *([f"perplexity: {self.text}"] if self.text else []), *self.notes])
+        table = text_table(HEAD, list(map(_cells, self.candidates)), left=2)
+        return "\n".join([table, *([f"perplexity: {self.text}"] if self.text else []), *self.notes])
 
     def page(self) -> str:
         """The figures as one HTML page, with plots of what no other model beats."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ..tables import text_table
 from .pictures import Picture
 
 # Version of the JSON form. It rises when a reader of the older form would misread the new one.
@@ -182,13 +183,8 @@ class SparsityReport:
         for matrix in self.matrices:
             blocks.setdefault(matrix.block, []).append(matrix)
         rows = [(name, *_summary(members)) for name, members in blocks.items()]
-        rows.append(("total", *_summary(self.matrices)))
         header = ("block", "matrices", "zeros", "error", "worst", "seconds")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
-        lines = ["  ".join([row[0].strip().ljust(widths[0]), *row[1:]]) for row in cells]
-        rule = "-" * len(lines[0])
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines = [text_table(header, rows, total=("total", *_summary(self.matrices)))]
         if self.seconds:
             lines.append("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items()))
         if self.peak_memory:

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from ..loading import load_model, local_path
+from ..tables import text_table
 from . import kernels
 from .report import RuntimeReport
 from .sparsify import release_memory, sparsify_for_inference
@@ -142,7 +143,7 @@ def resident_bytes() -> int:
 
 def table(findings: Mapping[str, Any]) -> str:
     """The result of `bench` as text."""
-    rows = [("", "dense", "sparse", "")]
+    rows: list[tuple[str, ...]] = []
     for label, key, unit in (("load, s", "load_seconds", 1), ("resident memory, MB", "resident_bytes", 1e6)):
         dense, sparse = (findings[key][form] / unit for form in ("dense", "sparse"))
         rows.append((label, f"{dense:,.1f}", f"{sparse:,.1f}", f"{sparse / dense:.2f}"))
@@ -151,11 +152,7 @@ def table(findings: Mapping[str, Any]) -> str:
             dense, sparse = batch["dense"][what], batch["sparse"][what]
             label = f"{what}, batch {batch['batch_size']}, tokens/s"
             rows.append((label, f"{dense:,.1f}", f"{sparse:,.1f}", f"{sparse / dense:.2f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([label.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]).rstrip()
-        for label, *cells in rows
-    ]
+    lines = [text_table(("", "dense", "sparse", "ratio"), rows)]
     where = findings["machine"]
     lines += ["", f"{where['processor']}, kernels: {where['kernel']}, {where['threads']} threads"]
     if findings["checkpoint_bytes"] is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..tables import text_table
+
 WAYS = ("torch", "dense", "sparse")
 HEADINGS = ("layers", "count", "shape", "zeros", "now", *(f"µs {way}" for way in WAYS), "bytes")
 
@@ -73,12 +75,7 @@ class RuntimeReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [HEADINGS, *(_row(name, layer) for layer in self.layers for name in layer.names)]
-        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-        lines = [
-            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
-            for name, *cells in rows
-        ]
+        lines = [text_table(HEADINGS, [_row(name, layer) for layer in self.layers for name in layer.names])]
         lines += ["", f"kernels: {self.kernel}, {self.threads} threads, batch size {self.batch_size}"]
         if self.missing:
             lines.append(f"no compiled kernels: {self.missing}")

@@ -209,7 +209,7 @@ def test_report_is_json_and_a_table():
     assert json.loads(json.dumps(report.to_dict()))["layers"][1]["names"] == ["pruned"]
     lines = str(report).splitlines()
     assert lines[0].split()[:4] == ["layers", "count", "shape", "zeros"]
-    assert lines[2].split()[:4] == ["pruned", "1", "64x64", "50.0%"]
+    assert lines[3].split()[:4] == ["pruned", "1", "64x64", "50.0%"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
