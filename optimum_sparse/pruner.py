@@ -26,7 +26,7 @@ from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
 from .quantization import Grid, write_grids
-from .report import REPORT_FILE, SparsityReport, take_pictures
+from .report import PAGE_FILE, SparsityReport, take_pictures, weight_bytes, write_report
 from .run import PruningRun
 from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
@@ -200,9 +200,9 @@ class SparsePruner:
             if self.report is not None:
                 self.report.sizes = {
                     "dense": sum(p.numel() * p.element_size() for p in model.parameters()),
-                    "saved": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                    "saved": weight_bytes(folder),
                 }
-                self.report.to_json(folder / REPORT_FILE)
+                write_report(self.report, folder, page=Path(directory, PAGE_FILE).is_file())
 
     def push_to_hub(
         self,

@@ -65,7 +65,6 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(trained), LEARNING_RATE / 10)
     for epoch in range(1, epochs + 1):
         for batch in trained:
-            optimizer.zero_grad()
             trainer.backward(batch, targets[batch])
             optimizer.step()
             schedule.step()
@@ -108,11 +107,12 @@ class _Trainer:
     def backward(self, batch: int, target: torch.Tensor) -> None:
         """Gradients of the error on a batch, zero for what was pruned."""
         with torch.enable_grad():
-            self._error(batch, target).backward()
-        for name, kept in self._kept.items():
-            gradient = self.masters[name].grad
-            if gradient is not None:
-                gradient.mul_(kept)
+            error = self._error(batch, target)
+        # Not `backward`, which would also give gradients to the parameters of the block that are not trained.
+        gradients = torch.autograd.grad(error, list(self.masters.values()), allow_unused=True)
+        for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
+            kept = self._kept.get(name)
+            master.grad = gradient if gradient is None or kept is None else gradient * kept
 
     @torch.no_grad()
     def error(self, batches: Sequence[int], targets: Mapping[int, torch.Tensor]) -> float:

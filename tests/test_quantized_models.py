@@ -52,8 +52,8 @@ def test_saved_on_its_grid(tmp_path: Path, dtype: torch.dtype, options: dict):
     assert len(counts) > 100 and max(counts) <= 16 < 2 * max(counts)
 
 
-def test_experts(tmp_path: Path):
-    model = tiny_mixtral()
+@pytest.mark.parametrize("model", [tiny_mixtral(), tiny_model("gpt2")], ids=["experts", "transposed weights"])
+def test_other_layouts(tmp_path: Path, model):
     quantized(model).save(model, tmp_path)
     assert inspect(str(tmp_path))["metadata_is_true"]
 

@@ -105,6 +105,7 @@ def test_steps_are_those_of_adam_on_the_kept_weights():
         if value.dim() > 1:
             assert torch.equal(value == 0, before.get_parameter(name) == 0)
     assert torch.equal(block.frozen.weight, before.frozen.weight)
+    assert all(parameter.grad is None for parameter in block.parameters())  # nothing is left behind
 
 
 def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch):

@@ -68,7 +68,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("evaluation/protocol.py", ("evaluate", "check_same_tokenizer", "generate")),
             ("evaluation/perplexity.py", ("perplexity", "Perplexity", "compare", "Comparison")),
             ("evaluation/texts.py", ("load_text", "Text", "wikitext_tokens")),
-            ("evaluation/harness.py", ("zero_shot", "TaskResult")),
+            ("evaluation/harness.py", ("load_tasks", "run_tasks", "TaskResult")),
         ],
     ),
     (

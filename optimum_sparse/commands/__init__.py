@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @contextmanager
@@ -55,3 +59,12 @@ def device_called(name: str, given: torch.device | None = None) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"--device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an `OSError` unless files can be written in `folder`, or in the folder where it would be created."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, since {existing} is a file: give another path.")
+    with tempfile.TemporaryFile(dir=existing):
+        pass

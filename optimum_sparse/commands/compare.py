@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import user_errors
+from . import check_writable, user_errors
 
 DESCRIPTION = """\
 Put the reports of several pruned models side by side: zeros, size, perplexity, divergence from the dense model and
@@ -54,8 +54,9 @@ def compare(args: Namespace) -> None:
     from ..report import REPORT_FILE, compare_reports, read_report
     from ..saving import replace_file
 
+    check_writable(args.html.absolute().parent)
     reports = {}
-    for folder in args.models:
+    for folder in dict.fromkeys(args.models):
         report = read_report(folder)
         if report is None:
             raise ValueError(
@@ -65,6 +66,7 @@ def compare(args: Namespace) -> None:
         reports[str(folder) if name in reports else name] = report
     comparison = compare_reports(reports)
     print(comparison.table())
+    args.html.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(args.html) as file:
         file.write_text(comparison.page(), encoding="utf-8")
     print(f"To look at: {args.html}")

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
-from . import device_called, user_errors
+from . import DTYPES, check_writable, device_called, user_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROMPTS = ("The capital of France is", "Water boils when", "To make a cup of tea, first")
 
 DESCRIPTION = """\
@@ -51,7 +50,9 @@ class EvaluateCommand(BaseOptimumCLICommand):
         texts.add_argument(
             "--dataset", nargs="+", metavar="TEXT", help="texts for the perplexity (default without tasks: wikitext2)"
         )
-        texts.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: 2048)")
+        texts.add_argument(
+            "--seqlen", type=int, help="tokens per window (default: 2048, or the model's maximum if that is less)"
+        )
         texts.add_argument("--num-windows", type=int, help="windows of each text (default: all, of c4 256)")
         tasks = parser.add_argument_group("tasks")
         tasks.add_argument(
@@ -94,6 +95,8 @@ def evaluate_model(args: Namespace) -> None:
         raise ValueError(f"--tasks-dir {args.tasks_dir} is no folder: name one with .yaml files of tasks.")
     if args.offload and args.device != "auto":
         raise ValueError(f"--offload uses all devices: leave out --device {args.device}.")
+    if args.json is not None:
+        check_writable(args.json.absolute().parent)
     from ..evaluation import check_same_tokenizer, evaluate, generate
     from ..report import REPORT_FILE, read_report, write_report
     from ..report.summary import quality
@@ -129,6 +132,7 @@ def evaluate_model(args: Namespace) -> None:
         {"prompt": prompt, "dense": a, "pruned": b} for prompt, a, b in zip(prompts, dense, pruned, strict=True)
     ]
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**found, "generations": generations}, indent=2, ensure_ascii=False)
         args.json.write_text(text + "\n", encoding="utf-8")
     for row in quality(found):

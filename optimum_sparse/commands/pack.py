@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import user_errors
+
+if TYPE_CHECKING:
+    from ..checkpoint import Sizes
 
 PACK = """\
 Pack the matrices of a checkpoint that has zeros in it, without loss: the files get smaller, about half as large at
@@ -40,7 +45,7 @@ class PackCommand(BaseOptimumCLICommand):
         with user_errors():
             from ..checkpoint import pack_folder
 
-            sizes = pack_folder(Path(self.args.model), Path(self.args.output))
+            sizes = _convert(pack_folder, Path(self.args.model), Path(self.args.output))
             share = f"{100 * sizes.packed_bytes / sizes.dense_bytes:.1f} %"
             print(
                 f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}, {share} of dense; all "
@@ -65,11 +70,23 @@ class UnpackCommand(BaseOptimumCLICommand):
         with user_errors():
             from ..checkpoint import unpack_folder
 
-            sizes = unpack_folder(Path(self.args.model), Path(self.args.output))
+            sizes = _convert(unpack_folder, Path(self.args.model), Path(self.args.output))
             print(
                 f"Unpacked {sizes.packed_tensors} tensors; all weight files take {_megabytes(sizes.total_bytes)}.\n"
                 f"Saved to {self.args.output}."
             )
+
+
+def _convert(convert: Callable[[Path, Path], Sizes], source: Path, output: Path) -> Sizes:
+    """Write a checkpoint again, and what its files take now into the report that goes along."""
+    from ..report import read_report, weight_bytes, write_report
+
+    report = read_report(source)
+    sizes = convert(source, output)
+    if report is not None and report.sizes:
+        report.sizes["saved"] = weight_bytes(output)
+        write_report(report, output)
+    return sizes
 
 
 def _declare(parser: ArgumentParser, description: str) -> None:

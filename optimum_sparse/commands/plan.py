@@ -7,8 +7,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import model_without_weights
-from . import user_errors
-from .prune import DTYPES, add_config_options, build_config
+from . import DTYPES, user_errors
+from .prune import add_config_options, build_config
 
 DESCRIPTION = """\
 Say how long pruning a model will take and what will be in memory, from its configuration alone.

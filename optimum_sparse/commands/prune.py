@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import tempfile
 from argparse import (
     SUPPRESS,
     ArgumentParser,
@@ -22,14 +21,12 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import SparseConfig
 from ..loading import load_model, local_path, model_without_weights, read_json
-from . import device_called, user_errors
+from . import DTYPES, check_writable, device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
 
     from ..report import SparsityReport
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
 Prune a model that takes text in one shot and save it as an ordinary checkpoint with zeros in it, which loads
@@ -132,7 +129,7 @@ def prune(args: Namespace) -> None:
     output = Path(args.output)
     _check_output(output, local_path(args.model))
     if args.report:
-        _check_writable(Path(args.report).absolute().parent)
+        check_writable(Path(args.report).absolute().parent)
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
 
@@ -307,16 +304,7 @@ def _check_output(output: Path, source: Path | None) -> None:
         raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
     if source is not None and output.exists() and output.samefile(source):
         raise ValueError(f"OUT is MODEL ({output}): give another folder, the dense model is not overwritten.")
-    _check_writable(output)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise an `OSError` unless files can be written in `folder`, or in the folder where it would be created."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be a folder, since {existing} is a file: give another path.")
-    with tempfile.TemporaryFile(dir=existing):
-        pass
+    check_writable(output)
 
 
 def _check_hub_access(repo_id: str) -> None:

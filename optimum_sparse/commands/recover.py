@@ -11,9 +11,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import user_errors
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from . import DTYPES, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -95,7 +93,7 @@ def recover_from(args: Namespace) -> None:
 
     from ..recovery.recover import recover
     from ..recovery.teacher_cache import TopKCache
-    from ..report import PAGE_FILE, read_report, write_report
+    from ..report import PAGE_FILE, read_report, weight_bytes, write_report
 
     report = None if source is None else read_report(source)
     model, tokenizer = load_model(args.model, args.dtype)
@@ -114,7 +112,7 @@ def recover_from(args: Namespace) -> None:
     if report is not None and source is not None:
         report.recovery = record
         report.evaluations, report.bench, report.generations = [], None, []  # they are of the model before
-        report.sizes["saved"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        report.sizes["saved"] = weight_bytes(output)
         write_report(report, output, page=(source / PAGE_FILE).is_file())
     print(
         f"Perplexity on {config.eval_samples} held-out texts: {record['perplexity_before']:.4g} before, "

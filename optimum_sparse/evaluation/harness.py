@@ -49,28 +49,20 @@ class TaskResult:
     difference_interval: tuple[float, float] | None = None
 
 
-def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    baseline: PreTrainedModel | None = None,
-    tasks_dir: Path | None = None,
-    num_fewshot: int | None = None,
-    num_samples: int | None = None,
-    batch_size: int = 1,
-) -> list[TaskResult]:
-    """Run tasks of lm-eval.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks with their data, and lm-eval's manager of them."""
+
+    manager: Any
+    built: list[Any]
+
+
+def load_tasks(names: Sequence[str], folder: str | Path | None = None) -> Tasks:
+    """Make tasks of lm-eval from their files and data.
 
     Args:
-        model: A causal language model.
-        tokenizer: That of both models.
-        tasks: Names of lm-eval's tasks, groups and tags, of tasks in `tasks_dir`, or `"wanda"` for the seven of the
-            paper.
-        baseline: The dense model.
-        tasks_dir: Folder with task files of your own. Data files that they name are looked for from there.
-        num_fewshot: Examples in the prompt (default: as the task says).
-        num_samples: Evaluate only the first so many samples of each task.
-        batch_size: Sequences per forward.
+        names: Of lm-eval's tasks, groups and tags, of tasks in `folder`, or `"wanda"` for the seven of the paper.
+        folder: With task files of your own. Data files that they name are looked for from there.
 
     Raises:
         ValueError: There is no such task, or it cannot be made from its data.
@@ -83,12 +75,41 @@ def zero_shot(
             "Tasks are run by lm-eval: install it with `pip install optimum-sparse[evaluation]`."
         ) from error
 
-    names = [name for given in tasks for name in (WANDA if given == "wanda" else (given,))]
-    with chdir(tasks_dir) if tasks_dir else nullcontext():
-        manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
-        built = [part for name in names for part in _build(manager, name)]
+    folder = None if folder is None else Path(folder).absolute()
+    every = [name for given in names for name in (WANDA if given == "wanda" else (given,))]
+    with chdir(folder) if folder else nullcontext():
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+        return Tasks(manager, [part for name in every for part in _build(manager, name)])
+
+
+def run_tasks(
+    tasks: Tasks,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: PreTrainedModel | None = None,
+    num_fewshot: int | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 1,
+) -> list[TaskResult]:
+    """Run tasks of lm-eval.
+
+    Args:
+        tasks: From `load_tasks`.
+        model: A causal language model.
+        tokenizer: That of both models.
+        baseline: The dense model.
+        num_fewshot: Examples in the prompt (default: as the task says).
+        num_samples: Evaluate only the first so many samples of each task.
+        batch_size: Sequences per forward.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    for name, value, least in (("num_fewshot", num_fewshot, 0), ("num_samples", num_samples, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
     results, *dense = (
-        _run(each, tokenizer, built, manager, num_fewshot, num_samples, batch_size)
+        _run(tasks, each, tokenizer, num_fewshot, num_samples, batch_size)
         for each in ([model] if baseline is None else [model, baseline])
     )
     return [_result(key, results, *dense) for key in _metrics(results)]
@@ -112,10 +133,9 @@ def _build(manager: Any, name: str) -> list[Any]:
 
 
 def _run(
+    tasks: Tasks,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: list[Any],
-    manager: Any,
     num_fewshot: int | None,
     num_samples: int | None,
     batch_size: int,
@@ -131,8 +151,10 @@ def _run(
             return execution_device(self.model)
 
     wrapped = Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # It would make a second manager, which reads the thousands of task files once more.
-    return simple_evaluate(wrapped, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=num_samples)
+    # Without a manager it would make a second one, which reads the thousands of task files once more.
+    return simple_evaluate(
+        wrapped, tasks=tasks.built, task_manager=tasks.manager, num_fewshot=num_fewshot, limit=num_samples
+    )
 
 
 def _metrics(results: Mapping[str, Any]) -> list[Key]:

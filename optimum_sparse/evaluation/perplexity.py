@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from ..calibration.interface import is_encoder_decoder, longest_input
 from ..offload import execution_device
 from .intervals import interval
 
@@ -211,8 +212,21 @@ def _exp(logarithm: float) -> float:
 
 
 def _check(models: Sequence[PreTrainedModel], input_ids: torch.Tensor, seqlen: int, batch_size: int) -> None:
-    if any(model.training for model in models):
-        raise ValueError("The model is in training mode, where dropout changes its outputs: call model.eval() first.")
+    for model in models:
+        if model.training:
+            raise ValueError(
+                "The model is in training mode, where dropout changes its outputs: call model.eval() first."
+            )
+        if is_encoder_decoder(model) or not model.can_generate():
+            raise ValueError(
+                f"A perplexity is that of a model that predicts the next token, got {type(model).__name__}: load it "
+                "with AutoModelForCausalLM if it is one."
+            )
+        longest = longest_input(model)
+        if longest is not None and seqlen > longest:
+            raise ValueError(
+                f"seqlen is {seqlen}, and {type(model).__name__} has {longest} positions: give at most that."
+            )
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 1:
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import metadata
+from ..calibration.interface import longest_input
 from ..offload import execution_device
-from .harness import zero_shot
+from .harness import load_tasks, run_tasks
 from .perplexity import Perplexity, compare, perplexity
 from .texts import Text, load_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEQLEN = 2048
 
 
 def evaluate(
@@ -26,7 +29,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     baseline: PreTrainedModel | None = None,
     datasets: Sequence[str] = (),
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     num_windows: int | None = None,
     tasks: Sequence[str] = (),
     tasks_dir: str | Path | None = None,
@@ -42,9 +45,9 @@ def evaluate(
         tokenizer: That of both models, see `check_same_tokenizer`.
         baseline: The dense model, in eval mode.
         datasets: Texts for the perplexity: `"wikitext2"`, `"c4"`, `"ptb"`, files and Hub datasets, see `load_text`.
-        seqlen: Tokens per window of the texts.
+        seqlen: Tokens per window of the texts (default: 2048, or the model's maximum if that is less).
         num_windows: Windows of each text, from the start (default: all; of C4, 256).
-        tasks: Tasks of lm-eval, see `zero_shot`.
+        tasks: Tasks of lm-eval, see `load_tasks`.
         tasks_dir: Folder with task files of your own.
         num_fewshot: Examples in the prompts of tasks (default: as each task says).
         num_samples: Samples of each task, from the start (default: all).
@@ -62,22 +65,13 @@ def evaluate(
         ImportError: There are tasks, and lm-eval is not installed.
     """
     started = time.perf_counter()
+    if seqlen is None:
+        seqlen = min(SEQLEN, longest_input(model) or SEQLEN)
+    # What is wrong with a text or a task is said before anything is measured.
     texts = [load_text(source, tokenizer) for source in datasets]
+    loaded = load_tasks(tasks, tasks_dir) if tasks else None
     results = [_on_text(model, baseline, text, seqlen, num_windows, batch_size, progress) for text in texts]
-    found = (
-        zero_shot(
-            model,
-            tokenizer,
-            tasks,
-            baseline,
-            None if tasks_dir is None else Path(tasks_dir).absolute(),
-            num_fewshot,
-            num_samples,
-            batch_size,
-        )
-        if tasks
-        else []
-    )
+    found = run_tasks(loaded, model, tokenizer, baseline, num_fewshot, num_samples, batch_size) if loaded else []
     versions = metadata.versions() | ({"lm_eval": importlib.metadata.version("lm_eval")} if tasks else {})
     return {
         "model": _name(model),
@@ -121,9 +115,14 @@ def generate(
 
     Returns:
         The continuations, without the prompts.
+
+    Raises:
+        ValueError: A prompt has no tokens.
     """
     texts = []
     for prompt in prompts:
+        if not tokenizer(prompt)["input_ids"]:
+            raise ValueError(f"The prompt {prompt!r} has no tokens: give the beginning of a text.")
         inputs = tokenizer(prompt, return_tensors="pt").to(execution_device(model))
         tokens = model.generate(
             **inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id

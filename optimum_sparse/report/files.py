@@ -22,6 +22,11 @@ def read_report(folder: str | Path) -> SparsityReport | None:
     return SparsityReport.from_json(file) if file.is_file() else None
 
 
+def weight_bytes(folder: str | Path) -> int:
+    """What the weight files in a folder take."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
 def write_report(report: SparsityReport, folder: str | Path, page: bool | None = None) -> None:
     """Write the report into a folder, and its page.
 

@@ -1,26 +1,15 @@
 """`optimum-cli sparse compare` on folders with reports."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from optimum.commands.base import RootOptimumCLICommand
-from optimum.commands.optimum_cli import register_optimum_cli_subcommand
 
-from optimum_sparse.commands.compare import CompareCommand
 from optimum_sparse.report import REPORT_FILE, compare_reports, read_report, write_report
+from tests.commands.cli import sparse
 from tests.report.reports import full_report
 
-
-def run(*arguments: object) -> int:
-    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
-    register_optimum_cli_subcommand(CompareCommand, root)
-    try:
-        namespace = root.parser.parse_args(["compare", *map(str, arguments)])
-        namespace.func(namespace).run()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(sparse, "compare")
 
 
 @pytest.fixture
@@ -40,8 +29,8 @@ def test_table_and_page(folders: list[Path], capsys: pytest.CaptureFixture):
     printed = capsys.readouterr().out
     assert expected.table() in printed and "To look at: compare.html" in printed
     assert Path("compare.html").read_text() == expected.page()
-    assert run(*folders[:2], "--html", "other.html") == 0
-    assert "2 pruned models" in Path("other.html").read_text()
+    assert run(*folders[:2], folders[0], "--html", "new/other.html") == 0  # the same folder twice is one model
+    assert "2 pruned models" in Path("new/other.html").read_text()
 
 
 def test_folders_without_a_report(folders: list[Path], capsys: pytest.CaptureFixture):

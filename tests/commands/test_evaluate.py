@@ -4,32 +4,23 @@ import json
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from optimum.commands.base import RootOptimumCLICommand
-from optimum.commands.optimum_cli import register_optimum_cli_subcommand
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse import SparsePruner
 from optimum_sparse.checkpoint import pack_folder
-from optimum_sparse.commands.evaluate import PROMPTS, EvaluateCommand
+from optimum_sparse.commands.evaluate import PROMPTS
 from optimum_sparse.evaluation import perplexity
 from optimum_sparse.report import read_report
+from tests.beyond_text import bert_model, t5_model
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
+from tests.commands.cli import sparse
 from tests.evaluation.tasks import write_tasks
 
-
-def run(*arguments: object) -> int:
-    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
-    register_optimum_cli_subcommand(EvaluateCommand, root)
-    try:
-        namespace = root.parser.parse_args(["evaluate", *map(str, arguments)])
-        namespace.func(namespace).run()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(sparse, "evaluate")
 
 
 @pytest.fixture
@@ -80,7 +71,7 @@ def test_figures_and_samples_go_to_the_report(folders: Path, capsys: pytest.Capt
 
 
 def test_tasks(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(folders / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folders / "cache")
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     tasks = write_tasks(folders / "tasks")
     options = ("--tasks", "squares", "--tasks-dir", tasks, "--num-samples", 8, "--batch-size", 8, "--prompts")
@@ -117,12 +108,36 @@ def test_what_does_not_go_together(folders: Path, capsys: pytest.CaptureFixture)
     assert "other tokenizers: 99 and 100 tokens, 1 of them not shared" in said
     assert "no folder" in error(folders / "pruned", *text, "--tasks", "x", "--tasks-dir", folders / "nowhere")
     assert "leave out --device cpu" in error(folders / "pruned", *text, "--offload")
-    assert "a smaller seqlen" in error(folders / "pruned", *text, "--seqlen", 100_000)
+    assert "LlamaForCausalLM has 128 positions" in error(folders / "pruned", *text, "--seqlen", 129)
+    assert "a smaller seqlen" in error(folders / "pruned", *text, "--num-windows", 1000)
     assert "nowhere.txt" in error(folders / "pruned", "--dataset", "nowhere.txt")
+    assert "prompt '' has no tokens" in error(folders / "pruned", *text, "--prompts", "")
+    assert "is a file" in error(folders / "pruned", *text, "--json", folders / "text.txt" / "figures.json")
     assert read_report(folders / "pruned").evaluations == []
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folders / "pruned" / file).unlink()
     assert "has no tokenizer" in error(folders / "pruned", *text)
+
+
+def test_nothing_is_measured_before_a_mistake_is_found(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("optimum_sparse.evaluation.protocol.perplexity", lambda *_: pytest.fail("it was measured"))
+    assert run(folders / "pruned", "--dataset", folders / "text.txt", *FAST, "--tasks", "nonsense") == 2
+    assert "no task 'nonsense'" in capsys.readouterr().err
+
+
+def test_windows_are_as_long_as_the_model_takes(folders: Path):
+    options = ("--dataset", folders / "text.txt", "--device", "cpu", "--json", folders / "new" / "figures.json")
+    assert run(folders / "pruned", *options) == 0
+    assert json.loads((folders / "new" / "figures.json").read_text())["texts"][0]["seqlen"] == 128
+
+
+def test_models_that_do_not_predict_the_next_token(folders: Path, capsys: pytest.CaptureFixture):
+    for name, model in (("bert", bert_model()), ("t5", t5_model())):
+        model.save_pretrained(folders / name)
+        tiny_tokenizer().save_pretrained(folders / name)
+        assert run(folders / name, "--dataset", folders / "text.txt", "--seqlen", 16, "--device", "cpu") == 2
+        assert f"predicts the next token, got {type(model).__name__}" in capsys.readouterr().err
 
 
 def test_broken_weights_are_not_called_a_perplexity(folders: Path, capsys: pytest.CaptureFixture):

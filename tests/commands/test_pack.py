@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_sparse.checkpoint import pack_folder
 from optimum_sparse.pruner import SparsePruner
+from optimum_sparse.report import read_report, weight_bytes
 
 from ..architectures import sweep_model
 from ..checkpoints import tiny_tokenizer
@@ -29,6 +30,9 @@ def test_there_and_back(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("Packed 14 tensors to 0.0 MB, 53.1 % of dense; all weight files take 0.1 MB.")
     assert "`import optimum_sparse`" in said
+    sizes = [read_report(tmp_path / name).sizes for name in ("dense", "packed")]
+    assert [size["saved"] for size in sizes] == [weight_bytes(dense), weight_bytes(tmp_path / "packed")]
+    assert sizes[1]["saved"] < sizes[0]["saved"] and sizes[1]["dense"] == sizes[0]["dense"]
     assert sparse("unpack", tmp_path / "packed", tmp_path / "again") == 0
     assert capsys.readouterr().out.startswith("Unpacked 14 tensors; all weight files take 0.1 MB.")
     before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "again"))

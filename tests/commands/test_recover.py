@@ -1,32 +1,21 @@
 """`optimum-cli sparse recover` on tiny models, checked with `optimum-cli sparse inspect`."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from optimum.commands.base import RootOptimumCLICommand
-from optimum.commands.optimum_cli import register_optimum_cli_subcommand
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_sparse.commands.inspect import inspect
-from optimum_sparse.commands.recover import RecoverCommand
 from optimum_sparse.recovery import recover as recover_module
 from optimum_sparse.report import read_report, write_report
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
+from tests.commands.cli import sparse
 from tests.recovery.pruned import assert_zeros_kept, pruned_model, zero_positions
 from tests.report.reports import full_report
 
-
-def run(*arguments) -> int:
-    root = RootOptimumCLICommand("Optimum CLI tool", usage="optimum-cli")
-    register_optimum_cli_subcommand(RecoverCommand, root)
-    try:
-        namespace = root.parser.parse_args(["recover", *map(str, arguments)])
-        namespace.func(namespace).run()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(sparse, "recover")
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from optimum_sparse.evaluation import zero_shot
+from optimum_sparse.evaluation import TaskResult, load_tasks, run_tasks
 from optimum_sparse.evaluation.harness import WANDA
 from tests.checkpoints import tiny_tokenizer
 from tests.helpers import tiny_model
@@ -18,9 +19,13 @@ from tests.helpers import tiny_model
 from .tasks import write_tasks
 
 
+def zero_shot(model, tokenizer, names: list[str], baseline=None, tasks_dir=None, **options) -> list[TaskResult]:
+    return run_tasks(load_tasks(names, tasks_dir), model, tokenizer, baseline, **options)
+
+
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     # Only those files: lm-eval's own are thousands, and take seconds to read.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     return write_tasks(tmp_path / "tasks")
@@ -99,6 +104,15 @@ def test_wanda_stands_for_the_seven(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("optimum_sparse.evaluation.harness._run", lambda *_: {"results": {}})
     assert zero_shot(tiny_model("llama"), tiny_tokenizer(), ["wanda", "piqa"]) == []
     assert asked == [*WANDA, "piqa"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_samples": 0}, "num_samples must be at least 1, got 0"), ({"num_fewshot": -1}, "num_fewshot must be at")],
+)
+def test_numbers_out_of_range(tasks: Path, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        zero_shot(tiny_model("llama"), tiny_tokenizer(), ["squares"], tasks_dir=tasks, **options)
 
 
 def test_unknown_task(tasks: Path):

@@ -2,8 +2,10 @@
 
 import pytest
 
+from optimum_sparse import SparsePruner
 from optimum_sparse.report import PAGE_FILE, REPORT_FILE, read_report, write_report
 
+from ..helpers import tiny_model
 from .reports import full_report
 
 
@@ -16,6 +18,17 @@ def test_page_is_kept_up_to_date_and_not_added(tmp_path):
     write_report(report, tmp_path)
     assert (tmp_path / PAGE_FILE).read_text() == report.to_html()
     assert sorted(path.name for path in tmp_path.iterdir()) == [PAGE_FILE, REPORT_FILE]
+
+
+def test_saving_again_renews_the_page_that_is_there(tmp_path):
+    model = tiny_model()
+    pruner = SparsePruner(method="magnitude", progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path)
+    assert not (tmp_path / PAGE_FILE).exists()
+    write_report(full_report(), tmp_path, page=True)
+    pruner.save(model, tmp_path)
+    assert (tmp_path / PAGE_FILE).read_text() == pruner.report.to_html()
 
 
 def test_no_report(tmp_path):
