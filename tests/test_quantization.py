@@ -90,6 +90,15 @@ def test_codes_give_the_weights_back(quantization: str, dtype: torch.dtype):
     assert torch.equal(grid.values(codes).to(dtype), weight)
 
 
+def test_codes_of_weights_too_small_for_half_precision():
+    """Near its smallest numbers float16 rounds by more than half a step."""
+    weight = weights()[:1] * 3e-6
+    grid = grid_of(weight, quantization="int8", group_size=-1)
+    rounded = grid.round(weight).half()
+    assert grid.scale.item() < torch.finfo(torch.float16).smallest_normal / 1000
+    assert torch.equal(grid.values(grid.codes(rounded)).half(), rounded)
+
+
 def test_what_is_not_on_the_grid_is_found():
     grid = grid_of(weights(), quantization="int4", group_size=32)
     weight = grid.round(weights())

@@ -74,7 +74,14 @@ def test_other_machines_are_named():
     ("smaller", "best"), [(True, ["tiny", "small", "good"]), (False, ["good", "large"])], ids=["size", "speed"]
 )
 def test_what_no_other_beats(smaller: bool, best: list[str]):
-    points = {"good": (5.0, 1.0), "tiny": (1.0, 9.0), "small": (2.0, 4.0), "bad": (4.0, 6.0), "large": (7.0, 4.0)}
+    points = {
+        "good": (5.0, 1.0),
+        "tiny": (1.0, 9.0),
+        "small": (2.0, 4.0),
+        "bad": (4.0, 6.0),
+        "large": (7.0, 4.0),
+        "as good": (3.0, 4.0),
+    }
     for name, (x, y) in points.items():  # the definition
         beaten = any((a <= x if smaller else a >= x) and b <= y and (a, b) != (x, y) for a, b in points.values())
         assert (name in best) != beaten
