@@ -54,12 +54,9 @@ class Grid:
             ValueError: Some weights are not on the grid.
         """
         scale, zero = self._of_inputs(weight.shape[1])
-        nearest = _codes(weight.float(), scale, zero, self.bits)
-        codes = torch.full_like(nearest, -1)
-        for step in (1, -1, 0):  # of two codes with the same value in half precision, any will do
-            code = (nearest + step).clamp_(0, 2**self.bits - 1)
-            codes = torch.where((scale * (code - zero)).to(weight.dtype) == weight, code, codes)
-        off = int((codes < 0).sum())
+        # That nearest to a rounded value gives the same value back: it is no farther away than the one it was made from.
+        codes = _codes(weight.float(), scale, zero, self.bits)
+        off = int(((scale * (codes - zero)).to(weight.dtype) != weight).sum())
         if off:
             raise ValueError(f"{off} of {weight.numel()} weights are not on the grid of {self.bits} bits")
         return codes.to(torch.uint8)
