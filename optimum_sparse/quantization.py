@@ -54,7 +54,7 @@ class Grid:
             ValueError: Some weights are not on the grid.
         """
         scale, zero = self._of_inputs(weight.shape[1])
-        # That nearest to a rounded value gives the same value back: it is no farther away than the one it was made from.
+        # The nearest code gives the same value back: it is no farther away than the one that the weight was made from.
         codes = _codes(weight.float(), scale, zero, self.bits)
         off = int(((scale * (codes - zero)).to(weight.dtype) != weight).sum())
         if off:
