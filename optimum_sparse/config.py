@@ -121,6 +121,11 @@ class SparseConfig:
         "train the kept weights, norms and biases of each pruned block to do what the dense block did, for so many "
         "epochs at most; goes block by block, as true_sequential=False (default: do not)",
     )
+    error_correction: float | None = _option(
+        None,
+        "how much of the error of the blocks before each one makes up for, 0 < e <= 1; the calibration data runs "
+        "through the dense model as well, block by block, as true_sequential=False (default: none)",
+    )
     quantization: str | None = _option(
         None,
         f"also round the kept weights to so many bits, {QUANTIZATIONS[0]} to {QUANTIZATIONS[-1]}; methods that update "
@@ -155,7 +160,7 @@ class SparseConfig:
                 )
         if self.refine is not None:
             _check_choice("refine", self.refine, REFINEMENTS)
-        self._check_reconstruct()
+        self._check_by_block()
         self._check_quantization()
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
@@ -167,19 +172,24 @@ class SparseConfig:
         if self.block_range is not None:
             object.__setattr__(self, "block_range", _block_range(self.block_range))
 
-    def _check_reconstruct(self) -> None:
-        if self.reconstruct is None:
-            return
-        why = None
-        if self.method == "magnitude" and self.refine is None:
-            why = "method='magnitude', which sees no data to train on"
-        elif self.true_sequential:
-            why = "true_sequential=True, which prunes layer by layer: blocks are trained as a whole"
-        elif self.quantization is not None:
-            why = f"quantization={self.quantization!r}: training leaves the grid"
-        if why:
-            raise ValueError(f"reconstruct={self.reconstruct} does not go with {why}. Leave one of them out.")
-        object.__setattr__(self, "true_sequential", False)
+    def _check_by_block(self) -> None:
+        """Check what makes a run go block by block."""
+        correction = self.error_correction
+        if correction is not None and not (_is_number(correction) and 0 < correction <= 1):
+            raise ValueError(f"error_correction must be a number in (0, 1], got {correction!r}.")
+        for name in ("reconstruct", "error_correction"):
+            if (value := getattr(self, name)) is None:
+                continue
+            why = None
+            if self.method == "magnitude" and self.refine is None:
+                why = "method='magnitude', which sees no data"
+            elif self.true_sequential:
+                why = "true_sequential=True, which prunes layer by layer: it goes block by block"
+            elif name == "reconstruct" and self.quantization is not None:
+                why = f"quantization={self.quantization!r}: training leaves the grid"
+            if why:
+                raise ValueError(f"{name}={value} does not go with {why}. Leave one of them out.")
+            object.__setattr__(self, "true_sequential", False)
 
     def _check_quantization(self) -> None:
         if self.group_size is not None and self.group_size != -1:

@@ -235,16 +235,22 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
     tokens = config.num_samples * seqlen
     linear = sum(2 * g.in_features * g.rows * g.share for g in model.groups) * tokens
     attention = 2 * len(model.blocks) * seqlen * model.hidden * tokens
-    forwards = 2 if config.true_sequential is False else 1
+    forwards = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
     found = {"forward": forwards * (linear + attention) / machine.half}
-    if statistics_for(config) is GramStatistics:
-        products = sum(g.in_features**2 * g.share for g in model.groups) * tokens
+    kind = statistics_for(config)
+    if kind is not None and issubclass(kind, GramStatistics):
+        # Half of the Gram matrix, and all of the deviation from the dense model.
+        halves = 3 if config.error_correction else 1
+        products = halves * sum(g.in_features**2 * g.share for g in model.groups) * tokens
         found["statistics"] = products / (machine.single if machine.is_cpu else machine.half)
         found["factors"] = sum(g.in_features**3 / 3 for g in model.groups) / machine.double
         updates = sum(g.in_features**2 * g.rows for g in model.groups)
         # Updates and two sums of errors; methods and refinements made of products take about 40 more.
         rounds = 3 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
         found["solve"] = rounds * updates / machine.single
+    if config.reconstruct:
+        # A step of training costs three forwards.
+        found["reconstruction"] = 3 * config.reconstruct * (linear + attention) / machine.half
     if offloaded:
         # The probe, the forward that is measured and the run read everything once.
         found["reading"] = 3 * model.weights / machine.read

@@ -26,14 +26,17 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
         config: The method and how it runs.
     """
     seconds = 2 * forward if config.true_sequential is False else forward
+    seconds *= 2 if config.error_correction else 1
     # A step of training costs three forwards.
     seconds += 3 * forward * (config.reconstruct or 0)
-    if statistics_for(config) is GramStatistics:
+    kind = statistics_for(config)
+    if kind is not None and issubclass(kind, GramStatistics):
         forward_flops = sum(2 * g.in_features * g.rows * g.share for g in groups) * tokens
-        # Half of the Gram matrix in fp32; error and sweep together take about 6 d^2 operations per output, and
-        # methods and refinements made of products about 40.
+        # Half of the Gram matrix in fp32, all of the deviation; error and sweep together take about 6 d^2 operations
+        # per output, and methods and refinements made of products about 40.
+        collect = 6 if config.error_correction else 2
         solve = 6 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
-        extra_flops = sum(g.in_features**2 * (2 * tokens * g.share + solve * g.rows) for g in groups)
+        extra_flops = sum(g.in_features**2 * (collect * tokens * g.share + solve * g.rows) for g in groups)
         seconds += forward * extra_flops / max(forward_flops, 1)
     return seconds
 

@@ -53,9 +53,11 @@ class Lockstep:
         waiting: Gives a context, entered in a forward for as long as its batch is parked.
         earliest: Gives the smallest of the positions, in the order of the stops, to which processes that run other
             batches have come. All of them come to the same stops then, some perhaps with no batch.
+        num_twins: How many of the batches, the last ones, are there only to be compared with others.
 
     Attributes:
-        late: For each stop, how many batches reached it only after it had come up, and so were not counted there.
+        late: For each stop, how many batches reached it only after it had come up, and so were not counted there; but
+            for twins.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Lockstep:
         stops: Iterable[Hashable],
         waiting: Callable[[int], AbstractContextManager[Any]] = lambda index: nullcontext(),
         earliest: Callable[[int], int] = lambda position: position,
+        num_twins: int = 0,
     ) -> None:
         self._forward = forward
         self._waiting = waiting
         self._earliest = earliest
         self._num_batches = num_batches
+        self._num_twins = num_twins
         self._order = {stop: position for position, stop in enumerate(stops)}
         self._runs: list[_Run] = []
         self.late: Counter[Any] = Counter()
@@ -95,11 +99,12 @@ class Lockstep:
             if position == END:
                 return
             stop = next(stop for stop in self._order if self._order[stop] == position)
-            waiting = [index for index, run in enumerate(self._runs) if run.stop == stop]
-            yield stop, [Call(index, self._runs[index].payload) for index in waiting]
+            self._pending -= {s for s in self._pending if self._order[s] <= position}
+            there = [index for index, run in enumerate(self._runs) if run.stop == stop]
+            yield stop, [Call(index, self._runs[index].payload) for index in there]
             # Under autocast, a cast of the old weight may have been kept.
             torch.clear_autocast_cache()
-            self._pending -= {s for s in self._pending if self._order[s] <= position}
+            waiting = [index for index in there if self._runs[index].stop == stop]
 
     def park(self, stop: Hashable, payload: Any) -> None:
         """Called in a forward that has come to `stop`: wait there for all others, unless the stop has come up."""
@@ -108,12 +113,17 @@ class Lockstep:
             return
         run.visited.add(stop)
         if stop not in self._pending:
-            self.late[stop] += 1
+            self.late[stop] += run.index < self._num_batches - self._num_twins
             return
         run.stop, run.payload = stop, payload
         with self._waiting(run.index):
             self._main.switch()
         run.stop, run.payload = None, None
+
+    def go_on(self, batches: Iterable[int]) -> None:
+        """Let some of the parked batches go on to their next stop, before the weights change for the others."""
+        for index in batches:
+            self._runs[index].resume()
 
     def drop(self, stop: Hashable) -> None:
         """Do not stop there."""

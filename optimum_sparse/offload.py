@@ -273,10 +273,10 @@ class Residency:
                 tensor.keep(tensor.there.detach(), path, name)
                 tensor.version = tensor.there._version
 
-    def restore(self, path: Path) -> None:
-        """Give the parameters that are in a safetensors file the values that they have there."""
+    def restore(self, path: Path, names: Iterable[str]) -> None:
+        """Give the parameters of these names the values that they have in a safetensors file."""
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
+            for name in sorted(names):
                 if name in self._by_name:
                     self._by_name[name][1].keep(file.get_tensor(name), path, name)
                 else:

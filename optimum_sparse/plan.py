@@ -185,16 +185,21 @@ def _plan(
 ) -> Plan:
     footprint = work.footprint
     each = footprint.waiting if true_sequential else footprint.entering
-    waiting = int(MARGIN * each * work.tokens)
+    streams = 2 if config.error_correction else 1
+    waiting = int(MARGIN * each * work.tokens * streams)
     statistics, solving = 0, 0
     kind = statistics_for(config)
     if kind is not None:
-        statistics = max((4 * math.prod(kind.shape(group.in_features)) for group in work.groups), default=0)
+        statistics = max((kind.num_bytes(group.in_features) for group in work.groups), default=0)
     for group in work.groups:
         solving = max(solving, workspace(config, group.in_features, group.rows))
-    running = int(MARGIN * footprint.running * batch_rows * work.row_tokens)
+    batch_tokens = batch_rows * work.row_tokens
+    running = int(MARGIN * footprint.running * batch_tokens)
+    # The inputs of all matrices of a block in the dense model, to be paired with those in the pruned one.
+    pairs = max(_block_sums(work.groups, lambda group: group.in_features).values(), default=0) if streams == 2 else 0
     # Weights in fp32 with gradients, two moments and a mask, twice in their own type; a graph holds what it has run.
-    largest = max(_block_sizes(work.groups).values(), default=0) if config.reconstruct else 0
+    sizes = _block_sums(work.groups, lambda group: group.in_features * group.rows)
+    largest = max(sizes.values(), default=0) if config.reconstruct else 0
     training = 22 * largest + (2 * running if largest else 0)
     memory = {
         "held before": work.held,
@@ -204,17 +209,18 @@ def _plan(
         # Not at the same time, but an allocator does not always give back what a batch has freed.
         "running batch": running,
         "solving": max(solving, training),
+        "inputs in the dense model": 4 * pairs * batch_tokens,
         "outputs of the dense block": int(MARGIN * footprint.entering * work.tokens) if largest else 0,
     }
     return Plan(true_sequential, place, batch_rows, memory, budget, waiting if place else 0)
 
 
-def _block_sizes(groups: Sequence[GroupShape]) -> dict[str, int]:
-    """Weights in each block."""
-    sizes: dict[str, int] = {}
+def _block_sums(groups: Sequence[GroupShape], size: Callable[[GroupShape], int]) -> dict[str, int]:
+    """For each block the sum of something over its groups."""
+    sums: dict[str, int] = {}
     for group in groups:
-        sizes[group.block] = sizes.get(group.block, 0) + group.in_features * group.rows
-    return sizes
+        sums[group.block] = sums.get(group.block, 0) + size(group)
+    return sums
 
 
 def gib(size: float) -> str:

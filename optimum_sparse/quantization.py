@@ -189,7 +189,11 @@ def _find(values: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tenso
     for shrink in SHRINK:
         scale = (shrink * span / steps).to(torch.bfloat16).float()
         scale = torch.where(scale > 0, scale, 1)  # a group of zeros
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-shrink * low / scale).round()
+        zero = (
+            torch.full_like(scale, 2 ** (bits - 1))
+            if symmetric
+            else (-shrink * low / scale).round().clamp(max=2**bits - 1)
+        )
         error = (_round(values, scale, zero, bits) - values).square_().sum(dim=0)
         better = error < least
         best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,13 @@ class Steps:
         processes: All of them read the files, the main one writes them.
         folder: Where the files are, or will be; `None` to keep nothing.
         depends_on: What the result of the run depends on besides the model and the steps, as pure JSON.
+        at_once: Whether the model gets what was done before at once, or each step when it is restored.
 
     Attributes:
         left: The steps that were not done before.
         late: How many batches came to a step too late to count.
-        trained: Names of parameters that were changed besides those of pruned matrices, since the last file.
+        trained: The parameters that were changed besides those of pruned matrices since the last file, by name, and in
+            which step.
 
     Raises:
         ValueError: `folder` has the progress of another run, or something else.
@@ -67,6 +69,7 @@ class Steps:
         processes: Processes,
         folder: Path | None,
         depends_on: Mapping[str, Any],
+        at_once: bool = True,
     ) -> None:
         self._model = model
         self._residency = residency
@@ -76,9 +79,11 @@ class Steps:
         self._folder = folder
         self._order = {step: position for position, step in enumerate(members)}
         self._matrices = {matrix.name: matrix for matrices in members.values() for matrix in matrices}
+        self._step_of = {matrix.name: step for step, matrices in members.items() for matrix in matrices}
         self._ends = set({matrix.block: step for step, matrices in members.items() for matrix in matrices}.values())
         self.late: Counter[Any] = Counter()
-        self.trained: list[str] = []
+        self.trained: dict[str, Any] = {}
+        self._to_restore: dict[Any, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
         done = 0
         if folder is not None:
             names = [[matrix.name for matrix in matrices] for matrices in members.values()]
@@ -87,6 +92,8 @@ class Steps:
                 _open(folder, {**fingerprint(model), **depends_on, "steps": steps})
             for file in sorted(folder.glob(FILES)):
                 done = self._take_up(file)
+            for step in list(self._to_restore) if at_once else ():
+                self.restore(step)
             processes.wait()
         self._num_saved = len(report.matrices)
         self.left = frozenset(step for step, position in self._order.items() if position >= done)
@@ -94,16 +101,24 @@ class Steps:
     def _take_up(self, file: Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             record = json.loads(tensors.metadata()["record"])
-        self._residency.restore(file)
+        steps = list(self._order)
+        entries = [_entry(fields) for fields in record["entries"]]
+        of_matrices = {self._matrices[e.name].view.parameter: self._step_of[e.name] for e in entries}
+        for name, step in {**of_matrices, **{name: steps[at] for name, at in record["trained"].items()}}.items():
+            self._to_restore[step][file].add(name)
         grids = file.with_name(f"{GRIDS}{file.name}")
         if grids.is_file():
             self._grids |= read_grids(grids)
-        self._report.matrices += [_entry(fields) for fields in record["entries"]]
+        self._report.matrices += entries
         self._report.reconstruction |= record["reconstruction"]
-        steps = list(self._order)
         if self._processes.is_main:  # the counts are those of all
             self.late = Counter({steps[position]: count for position, count in record["late"]})
         return record["done"]
+
+    def restore(self, step: Any) -> None:
+        """Give the model what a step has changed that was done before, unless it has it."""
+        for file, names in self._to_restore.pop(step, {}).items():
+            self._residency.restore(file, names)
 
     def did(self, step: Any) -> None:
         """A step is done.
@@ -134,9 +149,10 @@ class Steps:
             "late": late,
             "entries": [dataclasses.asdict(entry) for entry in entries],
             "reconstruction": self._report.reconstruction,
+            "trained": {name: self._order[step] for name, step in self.trained.items()},
         }
         changed = {self._matrices[entry.name].view.parameter for entry in entries}.union(self.trained)
-        self.trained = []
+        self.trained = {}
         path = self._folder / f"{done:06}.safetensors"
         with self._residency.holding(changed):
             grids = {entry.name: self._grids[entry.name] for entry in entries if entry.name in self._grids}

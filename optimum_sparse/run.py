@@ -37,7 +37,7 @@ from .report import SparsityReport
 from .resume import Steps, depends_on, digest, fingerprint
 from .solver import Clock, Group, Solved, Solver
 from .spill import Activations
-from .statistics import Statistics
+from .statistics import PairedStatistics, Statistics
 from .trace import Stop, Trace, trace
 from .uses import Use, View, Watched, WeightUses
 
@@ -102,6 +102,7 @@ class PruningRun:
         self._folder = folder
         self._paddings = [Padding.of(batch) for batch in batches]
         self._text = text_models(model)
+        self._num_twins = 0
 
     @property
     def grids(self) -> dict[str, Grid]:
@@ -217,8 +218,12 @@ class PruningRun:
         clock, busy = Clock(), sum(self._report.seconds.values())
         if repeated and None in steps.left:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
-            self._solve_together(repeated, self._whole_forwards)
+            self._solver.write(self._solve_together(repeated, self._whole_forwards))
             steps.did(None)
+        if self.config.error_correction:  # each batch also runs with the weights before they are pruned
+            self._num_twins = len(self._batches)
+            self._batches = [*self._batches, *self._batches]
+            self._paddings = [Padding.of(batch) for batch in self._batches]
         with self._activations:
             self._in_lockstep(groups, stages, steps)
         steps.finish()
@@ -238,6 +243,7 @@ class PruningRun:
             self._processes,
             self._folder,
             {**depends_on(self.config, self._given), **how},
+            at_once=not self.config.error_correction,
         )
 
     def _make_plan(self, groups: Sequence[Group]) -> None:
@@ -301,7 +307,8 @@ class PruningRun:
             steps: Which of them are still to be done.
         """
         experts = [stop for stop in groups if isinstance(stop, str) and stop not in self._blocks]
-        stops = [stop for stop in stages if stop in steps.left or stop in self._residency.units]
+        everywhere = bool(self._num_twins)
+        stops = [stop for stop in stages if everywhere or stop in steps.left or stop in self._residency.units]
         parked: dict[Stop, Group] = {
             stop: group for stop in stops if not isinstance(stop, str) for group in stages[stop]
         }
@@ -310,12 +317,16 @@ class PruningRun:
             steps.late = lockstep.late
             for stop, calls in lockstep:
                 self._residency.settle()
-                if stop in parked:
-                    self._solve_parked(parked[stop], calls)
+                if stop not in steps.left:
+                    lockstep.go_on(twin.batch for twin in self._apart(calls)[1].values())
+                    steps.restore(stop)
+                elif stop in parked:
+                    self._solve_parked(lockstep, parked[stop], calls)
                 elif stop in experts:
                     self._feed_experts(lockstep, str(stop), calls, parked)
-                elif stop in steps.left:
-                    steps.trained += self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
+                else:
+                    trained = self._solve_block(lockstep, str(stop), calls, stages[stop], experts)
+                    steps.trained |= dict.fromkeys(trained, stop)
                 steps.did(stop)
         for stop, batches in steps.all_late().items():
             late = f"{batches} of {self._num_batches} batches came to it only after it was pruned and do not count"
@@ -335,7 +346,9 @@ class PruningRun:
             with self._watching(index, park), self._activations.computing(index):
                 self._forward(self._batches[index])
 
-        lockstep = Lockstep(forward, len(self._batches), stops, self._activations.away, self._processes.least)
+        lockstep = Lockstep(
+            forward, len(self._batches), stops, self._activations.away, self._processes.least, self._num_twins
+        )
         entered = {name: partial(lockstep.park, name) for name in stops if isinstance(name, str)}
         with self._residency.forwards(len(self._batches)), self._at_entries(entered), lockstep:
             yield lockstep
@@ -371,11 +384,17 @@ class PruningRun:
 
     # Statistics at single stops.
 
-    def _solve_parked(self, group: Group, calls: Sequence[Call]) -> None:
+    def _solve_parked(self, lockstep: Lockstep, group: Group, calls: Sequence[Call]) -> None:
         """Prune matrices at whose inputs batches are parked."""
+        calls, twins = self._apart(calls)
         with self._solver.timed("statistics") as clock:
             statistics = self._solver.new_statistics(group[0])
-            num_layer = sum(self._add(statistics, call.payload, call.batch) for call in calls)
+            num_layer = 0
+            for call in calls:
+                twin = twins.get(call.batch)
+                with self._activations.shown(None if twin is None else twin.payload.inputs):
+                    use = call.payload if twin is None else self._paired(call.batch, call.payload, twin.payload.inputs)
+                    num_layer += self._add(statistics, use, call.batch)
             statistics.add_up(self._processes)
             together = sum(call.payload.together is not None for call in calls)
             num_layer, together = self._processes.totals(num_layer, together)
@@ -388,7 +407,20 @@ class PruningRun:
                 layer.add_up(self._processes)
                 statistics = statistics.blended(layer, share)
             seconds = clock.elapsed
-        self._solver.write(self._solver.solve(group, statistics, seconds, share))
+        solved = self._solver.solve(group, statistics, seconds, share)
+        lockstep.go_on(twin.batch for twin in twins.values())
+        self._solver.write(solved)
+
+    def _apart(self, calls: Sequence[Call]) -> tuple[list[Call], dict[int, Call]]:
+        """The calls of calibration batches, and for each of these that of its run through the dense model, if any."""
+        first = len(self._batches) - self._num_twins
+        return [c for c in calls if c.batch < first], {c.batch - first: c for c in calls if c.batch >= first}
+
+    def _paired(self, batch: int, use: Use, dense: torch.Tensor | None) -> Use:
+        """A use with its inputs in the dense model, if their tokens are the same: experts may have others there."""
+        whole = use.inputs.ndim > 2 or len(use.inputs) >= num_tokens(self._batches[batch])
+        same = dense is not None and dense.shape == use.inputs.shape and use.together is None
+        return replace(use, dense=dense) if whole and same else use
 
     def _add(self, statistics: Statistics, use: Use, batch: int) -> int:
         """Add the inputs of a matrix on one batch to its statistics, without the batch's padding.
@@ -407,9 +439,16 @@ class PruningRun:
                 keep = self._paddings[batch].keep(use.inputs, use.view.part)
             except ValueError as error:
                 raise ValueError(f"{use.view.parameter}: {error}.") from error
-            flat = flat if keep is None else flat[keep]
+        else:
+            keep = None
+        if keep is not None:
+            flat = flat[keep]
         # Where one product takes all experts, a token is zero for those that it is not routed to.
         statistics.add(flat if use.together is None else flat[flat.any(dim=1)])
+        if use.dense is not None:
+            assert isinstance(statistics, PairedStatistics)
+            dense = use.dense.reshape(-1, use.dense.shape[-1])
+            statistics.add_deviation(flat, dense if keep is None else dense[keep])
         return len(flat)
 
     # Experts with few tokens.
@@ -485,14 +524,23 @@ class PruningRun:
     ) -> list[str]:
         """Prune the matrices of a block at whose entry batches are parked, and return what else was changed."""
         entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
+        module, outputs = self._model.get_submodule(block), {}
+        calls, twins = self._apart(calls)
 
         def forwards(on_use: OnUse) -> None:
             for call in calls:
                 notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
-                run = partial(self._run_watched, self._model.get_submodule(block), call.batch, on_use)
-                args, kwargs = call.payload
-                with self._at_entries(notes), self._activations.shown(call.payload):
-                    lockstep.call(call.batch, run, args, kwargs)
+                dense, target = self._dense_run(lockstep, module, twins.get(call.batch))
+
+                def pair(batch: int, use: Use, dense: Mapping[View, torch.Tensor] = dense) -> None:
+                    on_use(batch, self._paired(batch, use, dense.get(use.view)))
+
+                with self._at_entries(notes):
+                    output = self._run_parked(lockstep, module, call, pair)
+                if self.config.reconstruct and isinstance(output, torch.Tensor):
+                    outputs[call.batch] = (
+                        output if target is None else output.lerp(target, self.config.error_correction or 0.0)
+                    )
 
         @cache
         def modules() -> list[Experts]:
@@ -507,17 +555,30 @@ class PruningRun:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
 
         with self._residency.holding(matrix.view.parameter for group in groups for matrix in group):
-            targets = self._dense_outputs(lockstep, block, calls) if self.config.reconstruct else {}
-            self._solve_together(groups, forwards, experts)
-            return self._reconstruct(lockstep, block, calls, groups, targets) if targets else []
+            solved = self._solve_together(groups, forwards, experts)
+            lockstep.go_on(twin.batch for twin in twins.values())
+            self._solver.write(solved)
+            return self._reconstruct(lockstep, block, calls, groups, outputs) if outputs else []
 
-    def _dense_outputs(self, lockstep: Lockstep, block: str, calls: Sequence[Call]) -> dict[int, torch.Tensor]:
-        """What a block that is still dense puts out for each batch that is parked at its entry."""
-        module, outputs = self._model.get_submodule(block), {}
-        for call in calls:
-            with self._activations.shown(call.payload):
-                outputs[call.batch] = hidden_states(lockstep.call(call.batch, module, *call.payload))
-        return {batch: output for batch, output in outputs.items() if isinstance(output, torch.Tensor)}
+    def _dense_run(
+        self, lockstep: Lockstep, module: nn.Module, call: Call | None
+    ) -> tuple[dict[View, torch.Tensor], torch.Tensor | None]:
+        """The inputs of all matrices, and the output of a block, in a run through the dense model."""
+        inputs: dict[View, torch.Tensor] = {}
+        if call is None:
+            return inputs, None
+        output = self._run_parked(lockstep, module, call, lambda batch, use: inputs.update({use.view: use.inputs}))
+        return inputs, output if isinstance(output, torch.Tensor) else None
+
+    def _run_parked(self, lockstep: Lockstep, module: nn.Module, call: Call, on_use: OnUse) -> Any:
+        """What a module puts out for a batch that is parked at its entry."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._watching(call.batch, partial(on_use, call.batch)):
+                return module(*args, **kwargs)
+
+        with self._activations.shown(call.payload):
+            return hidden_states(lockstep.call(call.batch, run, *call.payload))
 
     def _reconstruct(
         self,
@@ -548,16 +609,12 @@ class PruningRun:
         self._report.reconstruction[block] = asdict(found)
         return [f"{block}.{name}" for name in names]
 
-    def _run_watched(self, module: nn.Module, batch: int, on_use: OnUse, *args: Any, **kwargs: Any) -> None:
-        with self._watching(batch, partial(on_use, batch)):
-            module(*args, **kwargs)
-
     def _solve_together(
         self,
         groups: Sequence[Group],
         forwards: Callable[[OnUse], None],
         experts: Callable[[PrunableMatrix], Experts | None] = lambda matrix: None,
-    ) -> None:
+    ) -> list[Solved]:
         """Prune matrices on the inputs that all of them have before any of them is written.
 
         If their statistics do not fit in memory together, the forwards are run several times.
@@ -573,7 +630,7 @@ class PruningRun:
             while tallies:
                 group, tally = chunk[-len(tallies)], tallies.pop(0)
                 solved += self._solve_tally(group, tally, forwards, experts)
-        self._solver.write(solved)
+        return solved
 
     def _solve_tally(
         self,
@@ -610,7 +667,7 @@ class PruningRun:
         room = 0.0
         for group in groups:
             assert self._solver.statistics is not None
-            size = 4 * math.prod(self._solver.statistics.shape(group[0].shape[1]))
+            size = self._solver.statistics.num_bytes(group[0].shape[1])
             if chunk and size > room:
                 yield chunk
                 chunk = []

@@ -15,6 +15,7 @@ from .config import SparseConfig
 from .distributed import Processes
 from .matrices import PrunableMatrix
 from .methods import METHODS, Solution, statistics_for
+from .methods.correction import corrected_target
 from .methods.quantize import quantize
 from .methods.refine import refine
 from .methods.threads import one_thread
@@ -24,7 +25,7 @@ from .precision import full_precision
 from .progress import Progress
 from .quantization import Grid
 from .report import MatrixReport, SparsityReport
-from .statistics import GramStatistics, Statistics
+from .statistics import GramStatistics, PairedStatistics, Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +151,14 @@ class Solver:
             rows = SharedRows(sizes, self._processes.share(len(weight)), gather)
             weight = weight[rows.own]
         try:
-            solution = self._method.solve(weight, statistics, stack[0].pattern, self._config, rows)
+            target = weight
+            if self._config.error_correction:
+                assert isinstance(statistics, PairedStatistics)
+                target = corrected_target(weight, statistics, self._config.error_correction)
+            solution = self._method.solve(target, statistics, stack[0].pattern, self._config, rows)
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)
-                solution = refine(self._config.refine, solution, weight, statistics, stack[0].pattern, self._config)
+                solution = refine(self._config.refine, solution, target, statistics, stack[0].pattern, self._config)
             if self._config.quantization and solution.grid is None:
                 solution = quantize(solution, statistics, stack[0].pattern, self._config)
         except ValueError as error:

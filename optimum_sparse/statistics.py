@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Self
@@ -37,6 +38,11 @@ class Statistics(ABC):
     @abstractmethod
     def shape(in_features: int) -> tuple[int, ...]:
         """Shape of the sums, which are fp32."""
+
+    @classmethod
+    def num_bytes(cls, in_features: int) -> int:
+        """What they take in memory."""
+        return 4 * math.prod(cls.shape(in_features))
 
     @staticmethod
     @abstractmethod
@@ -173,3 +179,31 @@ class GramStatistics(Statistics):
             outputs = 2 * (weight[:, :start] @ above) + mine @ block
             energy += (outputs * mine).sum(dim=1)
         return energy
+
+
+class PairedStatistics(GramStatistics):
+    """The Gram matrix, and how the inputs of a layer deviate from those that it has in the dense model.
+
+    Attributes:
+        deviation: `(X_dense - X)^T X`, `[in_features, in_features]` fp32.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.deviation = torch.zeros_like(self._sums)
+
+    @classmethod
+    def num_bytes(cls, in_features: int) -> int:
+        """As in `Statistics`."""
+        return 2 * super().num_bytes(in_features)
+
+    def add_deviation(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
+        """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
+        inputs = inputs.float()
+        with full_precision():
+            self.deviation.addmm_((dense.float() - inputs).T, inputs)
+
+    def add_up(self, processes: Processes) -> None:
+        """As in `Statistics`."""
+        super().add_up(processes)
+        processes.sum_(self.deviation)

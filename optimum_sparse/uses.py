@@ -45,11 +45,13 @@ class Use:
         inputs: What it is multiplied with, `[..., in_features]`.
         together: `[parts, tokens, in_features]`: the inputs of all parts of the parameter, if one product takes all of
             them; an expert that a token is not meant for then sees zeros in its place.
+        dense: What the inputs are in the dense model, if that is known token by token.
     """
 
     view: View
     inputs: torch.Tensor
     together: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
 
 
 class Watched(Mapping[str, nn.Parameter]):

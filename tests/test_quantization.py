@@ -66,6 +66,15 @@ def test_grid_is_the_best_of_those_tried(options: dict):
         assert 0.0 in allowed
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_weights_that_are_all_negative(quantization: str):
+    """The code of 0 is then the largest, also where the scale was rounded down."""
+    weight = -torch.rand(200, 8, generator=torch.Generator().manual_seed(0))
+    grid = grid_of(weight, quantization=quantization, group_size=8)
+    assert int(grid.zero.min()) > 0 and int(grid.zero.max()) == 2**grid.bits - 1
+    assert torch.equal(grid.values(grid.codes(grid.round(weight))), grid.round(weight))
+
+
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_round_gives_the_nearest_value(options: dict):
     weight, grid = weights() + 0.1, grid_of(weights(), **options)

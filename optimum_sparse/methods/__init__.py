@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..config import SparseConfig
-from ..statistics import GramStatistics, NormStatistics, Statistics
+from ..statistics import GramStatistics, NormStatistics, PairedStatistics, Statistics
 from . import admm, magnitude, ria, sparsegpt, sparsegpt_reference, update, wanda
 from .solution import Solution
 
@@ -55,6 +55,8 @@ LIBRARY_BUFFERS = 80 * 2**20
 REFINEMENT_MEMORY = {"cg": (53, 16), "swaps": (53, 16)}
 # For rounding to a grid, as `Method.memory`.
 QUANTIZATION_MEMORY = (36, 5)
+# For the corrected target, as `Method.memory`.
+CORRECTION_MEMORY = (16, 12)
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.solve, None, apart=True, memory=(19, 0)),
@@ -78,9 +80,12 @@ def workspace(config: SparseConfig, in_features: int, rows: int) -> int:
     """
     needs = [METHODS[config.method].memory] + ([REFINEMENT_MEMORY[config.refine]] if config.refine else [])
     needs += [QUANTIZATION_MEMORY] if config.quantization else []
+    needs += [CORRECTION_MEMORY] if config.error_correction else []
     return LIBRARY_BUFFERS + int(max(w * in_features * rows + g * in_features**2 for w, g in needs))
 
 
 def statistics_for(config: SparseConfig) -> type[Statistics] | None:
-    """What has to be known of the inputs: what the method needs, and the Gram matrix for a refinement."""
+    """What has to be known of the inputs: what the method needs, and what a correction or a refinement needs."""
+    if config.error_correction:
+        return PairedStatistics
     return GramStatistics if config.refine else METHODS[config.method].statistics

@@ -1,0 +1,149 @@
+"""Error correction in runs of every kind."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optimum_sparse import SparseConfig, SparsePruner
+from optimum_sparse.commands.inspect import inspect
+from optimum_sparse.methods import METHODS
+from optimum_sparse.methods.correction import DAMPING
+from optimum_sparse.patterns import Unstructured
+from optimum_sparse.statistics import GramStatistics
+
+from .helpers import tiny_batches, tiny_mixtral, tiny_model
+
+BATCHES = 8
+
+
+def pruned(model, folder: Path | None = None, correction: float | None = 0.5, padding: bool = False, **options):
+    arguments = {name: options.pop(name) for name in ("activation_device", "resume_from") if name in options}
+    settings = {"error_correction": correction, "batch_size": 2, **options}
+    settings |= {} if "pattern" in options else {"sparsity": 0.6}
+    settings |= {} if correction else {"true_sequential": False}
+    pruner = SparsePruner(progress=False, **settings)
+    pruner.prune(model, dataset=tiny_batches(BATCHES, padding=padding), **arguments)
+    if folder is not None:
+        pruner.save(model, folder)
+    return pruner
+
+
+def inputs_of(model, name: str, padding: bool) -> torch.Tensor:
+    """What a layer receives on the calibration data, `[tokens, in_features]` float64, without padding."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    batches = tiny_batches(BATCHES, padding=padding)
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in batches]
+    return torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)]).double()
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_block_is_pruned_towards_what_the_dense_model_has_there(name: str, padding: bool):
+    dense, model = tiny_model(), tiny_model()
+    pruned(model, correction=0.7, padding=padding)
+    before = copy.deepcopy(dense)  # as the second block was when it was pruned
+    before.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+    name = f"model.layers.1.{name}"
+    x, x_dense = inputs_of(before, name, padding), inputs_of(dense, name, padding)
+    weight = dense.get_submodule(name).weight.detach().double()
+    norms = x.norm(dim=0)
+    gram = (x / norms).T @ (x / norms) + DAMPING * torch.eye(x.shape[1])
+    target = weight + 0.7 * weight @ (x_dense - x).T @ (x / norms) @ torch.linalg.inv(gram) / norms
+    assert (target - weight).norm() > 0.01 * weight.norm()  # there is something to correct
+    statistics = GramStatistics(x.shape[1])
+    statistics.add(x.float())
+    config = SparseConfig(sparsity=0.6)
+    expected = METHODS["sparsegpt"].solve(target.float(), statistics, Unstructured(0.6), config).weight
+    found = model.get_submodule(name).weight
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_block_has_nothing_to_correct():
+    corrected, plain = tiny_model(), tiny_model()
+    pruned(corrected)
+    pruned(plain, correction=None)
+    first, other = corrected.model.layers[0].state_dict(), plain.model.layers[0].state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
+    first, other = corrected.model.layers[1].state_dict(), plain.model.layers[1].state_dict()
+    assert not torch.equal(first["mlp.down_proj.weight"], other["mlp.down_proj.weight"])
+
+
+def distance(model: nn.Module, dense: nn.Module) -> float:
+    with torch.no_grad():
+        return sum(
+            (model(**batch).logits - dense(**batch).logits).square().mean().item() for batch in tiny_batches(BATCHES)
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "wanda", "pattern": "2:4"}, {"method": "admm"}, {"refine": "cg"}, {"quantization": "int8"}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "zamba2", "mixtral"])
+def test_models_come_closer_to_the_dense_one(tmp_path: Path, kind: str, options: dict):
+    def model():
+        return tiny_mixtral() if kind == "mixtral" else tiny_model(kind)
+
+    dense, corrected, plain = model(), model(), model()
+    report, other = (pruned(m, tmp_path, c, **options).report for m, c in ((plain, None), (corrected, 0.5)))
+    assert [entry.name for entry in report.matrices] == [entry.name for entry in other.matrices]
+    if "quantization" not in options:  # which rounds some more to zero
+        assert [entry.zeros for entry in report.matrices] == [entry.zeros for entry in other.matrices]
+    assert distance(corrected, dense) < distance(plain, dense)
+    assert inspect(str(tmp_path))["metadata_is_true"]
+
+
+def assert_same(*folders: Path) -> None:
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": 1}], ids=str)
+def test_waiting_elsewhere_changes_nothing(tmp_path: Path, options: dict):
+    pruned(tiny_model(), tmp_path / "expected", **options)
+    pruned(tiny_model(), tmp_path / "spilled", activation_device="disk", **options)
+    tiny_model().save_pretrained(tmp_path / "dense")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    pruned(offloaded, tmp_path / "offloaded", **options)
+    assert_same(tmp_path / "expected", tmp_path / "spilled")
+    assert_same(tmp_path / "expected", tmp_path / "offloaded")
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": 1}, {"ignore": []}], ids=str)
+@pytest.mark.parametrize("finished", [1, 2])
+def test_a_run_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, options: dict
+):
+    pruned(tiny_model(num_hidden_layers=3), tmp_path / "expected", **options)
+    solve, solved = METHODS["sparsegpt"].solve, []
+
+    def interrupted(*arguments):
+        if len(solved) == 4 * finished:  # a block has four groups
+            raise KeyboardInterrupt
+        solved.append(arguments)
+        return solve(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(METHODS, "sparsegpt", replace(METHODS["sparsegpt"], solve=interrupted))
+        pruned(tiny_model(num_hidden_layers=3), resume_from=tmp_path / "progress", **options)
+    patched = replace(METHODS["sparsegpt"], solve=lambda *arguments: (solved.append(arguments), solve(*arguments))[1])
+    monkeypatch.setitem(METHODS, "sparsegpt", patched)
+    pruned(tiny_model(num_hidden_layers=3), tmp_path / "resumed", resume_from=tmp_path / "progress", **options)
+    assert len(solved) == 4 * 3 + ("ignore" in options)  # each group once
+    assert_same(tmp_path / "expected", tmp_path / "resumed")
