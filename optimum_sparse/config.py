@@ -26,6 +26,12 @@ COMPARISON_GROUPS = ("output", "layer")
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
 QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
+# Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "sparsegpt", "refine": "cg"},
+    "balanced": {"method": "admm"},
+    "best": {"method": "admm", "reconstruct": 10},
+}
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
 
@@ -208,20 +214,37 @@ class SparseConfig:
         """The name under which transformers finds the code that prunes while loading."""
         return "optimum_sparse"
 
+    @classmethod
+    def preset(cls, preset: str, **options: Any) -> SparseConfig:
+        """The options of a preset, and others, which win over it.
+
+        Args:
+            preset: `"fast"`, `"balanced"` or `"best"`.
+            **options: Fields of the configuration.
+
+        Raises:
+            ValueError: There is no such preset, or as `from_dict`.
+        """
+        return cls.from_dict({"preset": preset, **options})
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as pure JSON; `from_dict` gives back an equal object."""
         return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(self)}))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SparseConfig:
-        """Build a configuration from a mapping of field names to values.
+        """Build a configuration from a mapping of field names to values, and `"preset"` to values that they win over.
 
         Raises:
-            ValueError: A key is no field; the message names the closest one.
+            ValueError: A key is no field, or there is no such preset; the message names the closest one.
         """
         if not isinstance(options, Mapping):
             raise TypeError(f"A configuration must be a mapping of field names to values, got {options!r}.")
         names = [f.name for f in fields(cls)]
+        preset = options.get("preset")
+        if preset is not None:
+            _check_choice("preset", preset, tuple(PRESETS))
+        options = {**PRESETS.get(preset, {}), **{key: value for key, value in options.items() if key != "preset"}}
         for key in options:
             if key not in names:
                 raise ValueError(f"Unknown option {key!r}{_closest(key, names)} Options are: {', '.join(names)}.")

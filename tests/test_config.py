@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from optimum_sparse.config import METHOD_NAMES, SparseConfig, resolve_sparsity, split_pattern
+from optimum_sparse import SparsePruner
+from optimum_sparse.config import METHOD_NAMES, PRESETS, SparseConfig, resolve_sparsity, split_pattern
 from optimum_sparse.methods import METHODS
 
 
@@ -107,3 +108,37 @@ def test_pattern_counts_the_weights_that_are_kept():
     assert resolve_sparsity(None, "1:4") == 0.75
     assert resolve_sparsity(0.75, "1:4") == 0.75
     assert resolve_sparsity(None, None) == 0.5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_options_that_others_win_over(preset: str):
+    config = SparseConfig.preset(preset, sparsity=0.7)
+    assert config == SparseConfig(sparsity=0.7, **PRESETS[preset])
+    assert SparsePruner(preset=preset, sparsity=0.7).config == config
+    assert SparseConfig.from_dict(config.to_dict()) == config
+    assert SparseConfig.preset(preset, method="wanda").method == "wanda"
+    assert "preset" not in config.to_dict()  # what it stood for is what counts, also if that changes
+
+
+def test_an_unknown_preset():
+    with pytest.raises(ValueError, match="Unknown preset 'bset': did you mean 'best'"):
+        SparseConfig.preset("bset")
+    with pytest.raises(ValueError, match="Unknown option 'methd'"):
+        SparseConfig.preset("best", methd="wanda")
+    assert SparseConfig.from_dict({"preset": None}) == SparseConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"error_correction": 0}, r"must be a number in \(0, 1\], got 0"),
+        ({"error_correction": 1.5}, r"must be a number in \(0, 1\], got 1.5"),
+        ({"error_correction": True}, r"must be a number in \(0, 1\], got True"),
+        ({"error_correction": 0.5, "true_sequential": True}, "true_sequential=True, which prunes layer by layer"),
+        ({"error_correction": 0.5, "method": "magnitude"}, "method='magnitude', which sees no data"),
+    ],
+)
+def test_error_correction(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        SparseConfig(**options)
+    assert SparseConfig(error_correction=0.5).true_sequential is False

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..config import SparseConfig
+from ..config import PRESETS, SparseConfig
 from ..loading import load_model, local_path, model_without_weights, read_json
 from . import DTYPES, check_writable, device_called, user_errors
 
@@ -116,6 +116,7 @@ def add_config_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE.json", help="read these options from a file; those given here win over it"
     )
+    parser.add_argument("--preset", choices=PRESETS, help="ready-made options; those given here win over it")
 
 
 def prune(args: Namespace) -> None:
@@ -209,13 +210,13 @@ def _device_map(args: Namespace, config: SparseConfig, device: torch.device, lim
 
 
 def build_config(args: Namespace) -> SparseConfig:
-    """The configuration of a command line: the file of `--config`, overruled by what was given explicitly."""
+    """The configuration of a command line: the file of `--config`, overruled by `--preset` and by what was given."""
     given = {field.name: getattr(args, field.name) for field in fields(SparseConfig) if hasattr(args, field.name)}
     from_file = read_json(Path(args.config)) if args.config else {}
     # A sparsity and a pattern determine each other: the one that was given replaces both of the file.
     if "sparsity" in given or "pattern" in given:
         from_file = {name: value for name, value in from_file.items() if name not in ("sparsity", "pattern")}
-    return SparseConfig.from_dict({**from_file, **given})
+    return SparseConfig.from_dict({**from_file, **PRESETS.get(args.preset, {}), **given})
 
 
 def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:

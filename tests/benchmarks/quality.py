@@ -11,6 +11,7 @@ import fnmatch
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from common import SEQLEN, arguments, calibration_windows, machine, smollm2, wik
 from parity import CALIBRATION_WINDOWS, EVALUATION_WINDOWS
 
 from optimum_sparse import SparsePruner
-from optimum_sparse.config import METHOD_NAMES
+from optimum_sparse.config import METHOD_NAMES, PRESETS
 from optimum_sparse.evaluation import perplexity, wikitext_tokens
 from optimum_sparse.loading import load_model
 
@@ -30,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wanda+cg": {"method": "wanda", "refine": "cg"},
     "sparsegpt+swaps": {"method": "sparsegpt", "refine": "swaps"},
     "sparsegpt+cg": {"method": "sparsegpt", "refine": "cg"},
+    **{name: {"preset": name} for name in PRESETS},
 }
 
 
@@ -50,11 +52,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(smollm2())
     windows = calibration(args.data, tokenizer, args.seed)
-    texts = {"wikitext2": wikitext_tokens(wikitext(args.data, "test"), tokenizer)}
-    if (other := c4(args.data)) is not None:
-        texts["c4"] = tokenizer("\n\n".join(other), return_tensors="pt").input_ids[0]
-
-    print(f"{'':<24}" + "".join(f" {name:>10}" for name in texts) + f" {'seconds':>8}  phases", flush=True)
+    texts = evaluation_texts(args.data, tokenizer)
+    print_header(texts)
     rows: dict[str, dict[str, Any]] = {"dense": {}}
     rows.update({f"{v} {t}": {**VARIANTS[v], **TARGETS[t], **options} for v in VARIANTS for t in TARGETS})
     chosen = [row for row in rows if not args.only or any(fnmatch.fnmatch(row, pattern) for pattern in args.only)]
@@ -79,6 +78,21 @@ def calibration(data: Path, tokenizer: Any, seed: int | None) -> torch.Tensor:
     return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_WINDOWS]]
 
 
+def evaluation_texts(data: Path, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Tokens of WikiText-2 raw test and, if it is there, of C4."""
+    texts = {"wikitext2": wikitext_tokens(wikitext(data, "test"), tokenizer)}
+    if (documents := c4(data)) is not None:
+        texts["c4"] = tokenizer("\n\n".join(documents), return_tensors="pt").input_ids[0]
+    return texts
+
+
+def print_header(texts: Iterable[str]) -> None:
+    """The head of the table."""
+    print(
+        f"{'':<24}" + "".join(f" {name:>10}" for name in texts) + f" {'seconds':>8} {'of CPU':>8}  phases", flush=True
+    )
+
+
 def c4(data: Path) -> list[str] | None:
     """Documents of C4 from the first file in `data`/c4, if there is one: text that no row is calibrated on."""
     files = sorted((data / "c4").glob("*.jsonl"))
@@ -91,13 +105,16 @@ def measure(
     name: str, options: dict[str, Any], dense: Any, windows: torch.Tensor, texts: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Prune a copy of the dense model, evaluate it on all texts, print the line of the table and return it."""
-    model, phases, seconds = copy.deepcopy(dense), {}, 0.0
+    model, phases, seconds, processor = copy.deepcopy(dense), {}, 0.0, 0.0
     progress = sys.stderr.isatty()
     if options:
-        pruner = SparsePruner(num_samples=len(windows), seqlen=SEQLEN, batch_size=1, progress=progress, **options)
-        start = time.perf_counter()
+        number, length = windows.shape
+        size = max(1, SEQLEN // length)
+        pruner = SparsePruner(num_samples=number, seqlen=length, batch_size=size, progress=progress, **options)
+        start, used = time.perf_counter(), time.process_time()
         pruner.prune(model, dataset={"input_ids": windows})
-        seconds, phases = time.perf_counter() - start, pruner.report.seconds
+        seconds, processor = time.perf_counter() - start, time.process_time() - used
+        phases = pruner.report.seconds
     values = {
         text: perplexity(model, tokens, SEQLEN, EVALUATION_WINDOWS, progress=progress).value
         for text, tokens in texts.items()
@@ -105,11 +122,12 @@ def measure(
     print(
         f"{name:<24}"
         + "".join(f" {value:10.2f}" for value in values.values())
-        + f" {seconds:8.1f}  "
+        + f" {seconds:8.1f} {processor:8.1f}  "
         + ", ".join(f"{phase} {spent:.1f}" for phase, spent in phases.items()),
         flush=True,
     )
-    return {"name": name, "options": options, "perplexity": values, "seconds": seconds, "phases": phases}
+    times = {"seconds": seconds, "processor_seconds": processor, "phases": phases}
+    return {"name": name, "options": options, "perplexity": values, **times}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse.commands.prune import PruneCommand, build_config, command_line
-from optimum_sparse.config import SparseConfig
+from optimum_sparse.config import PRESETS, SparseConfig
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import SparsityReport
@@ -52,6 +52,7 @@ EVERY_FIELD = {
     "comparison_group": ("--method wanda --comparison-group layer", "layer"),
     "refine": ("--refine cg", "cg"),
     "reconstruct": ("--reconstruct 5", 5),
+    "error_correction": ("--error-correction 0.5", 0.5),
     "quantization": ("--quantization int4", "int4"),
     "group_size": ("--quantization int4 --group-size 32", 32),
     "symmetric": ("--quantization int4 --symmetric", True),
@@ -139,6 +140,8 @@ def test_config_file_and_options(tmp_path: Path):
     # The file says sparsity 0.5 as well, which is what 2:4 implies; 1:4 implies another one.
     mixed = config_of(f"--config {file} --pattern 1:4 --targets q_proj")
     assert (mixed.pattern, mixed.sparsity, mixed.targets, mixed.num_samples) == ("1:4", 0.75, ("q_proj",), 9)
+    best = config_of(f"--config {file} --preset best --method wanda")
+    assert best == SparseConfig.from_dict({**json.loads(file.read_text()), **PRESETS["best"], "method": "wanda"})
     unstructured = config_of(f"--config {file} --sparsity 0.6")
     assert (unstructured.pattern, unstructured.sparsity) == (None, 0.6)
 
