@@ -244,7 +244,8 @@ class SparseConfig:
         preset = options.get("preset")
         if preset is not None:
             _check_choice("preset", preset, tuple(PRESETS))
-        options = {**PRESETS.get(preset, {}), **{key: value for key, value in options.items() if key != "preset"}}
+        given = {key: value for key, value in options.items() if key != "preset"}
+        options = {**PRESETS[preset], **given} if preset is not None else given
         for key in options:
             if key not in names:
                 raise ValueError(f"Unknown option {key!r}{_closest(key, names)} Options are: {', '.join(names)}.")

@@ -6,6 +6,7 @@ nonlinearities; that can be trained on the same few calibration windows ("Free L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-LEARNING_RATE = 3e-4
+# Of Adam, relative to the root mean square of a parameter: models differ in how large their weights are. It falls to a
+# tenth along a cosine. Measured on SmolLM2: three times as much never helps, a third helps half as much.
+LEARNING_RATE = 5e-3
 BETAS = (0.9, 0.95)
 # Of so many batches one is held out, to see when to stop.
 HELD_OUT = 8
@@ -61,8 +64,11 @@ def reconstruct(
     trained = [batch for batch in batches if batch not in held_out] or batches
     before = best = trainer.error(held_out, targets)
     values, best_epoch = trainer.values(), 0
-    optimizer = torch.optim.Adam(trainer.masters.values(), lr=LEARNING_RATE, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(trained), LEARNING_RATE / 10)
+    optimizer = torch.optim.Adam(trainer.groups(), betas=BETAS)
+    steps = epochs * len(trained)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2
+    )
     for epoch in range(1, epochs + 1):
         for batch in trained:
             trainer.backward(batch, targets[batch])
@@ -103,6 +109,14 @@ class _Trainer:
         self.masters = {
             name: value.detach().float().clone().requires_grad_() for name, value in self._parameters.items()
         }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters, each with its learning rate; one that is all zero takes the mean of the others."""
+        scales = {name: master.detach().square().mean().sqrt().item() for name, master in self.masters.items()}
+        mean = sum(scales.values()) / max(1, sum(scale > 0 for scale in scales.values()))
+        return [
+            {"params": [master], "lr": LEARNING_RATE * (scales[name] or mean)} for name, master in self.masters.items()
+        ]
 
     def backward(self, batch: int, target: torch.Tensor) -> None:
         """Gradients of the error on a batch, zero for what was pruned."""

@@ -111,6 +111,7 @@ class Steps:
             self._grids |= read_grids(grids)
         self._report.matrices += entries
         self._report.reconstruction |= record["reconstruction"]
+        self._report.correction |= record["correction"]
         if self._processes.is_main:  # the counts are those of all
             self.late = Counter({steps[position]: count for position, count in record["late"]})
         return record["done"]
@@ -149,6 +150,7 @@ class Steps:
             "late": late,
             "entries": [dataclasses.asdict(entry) for entry in entries],
             "reconstruction": self._report.reconstruction,
+            "correction": self._report.correction,
             "trained": {name: self._order[step] for name, step in self.trained.items()},
         }
         changed = {self._matrices[entry.name].view.parameter for entry in entries}.union(self.trained)

@@ -31,7 +31,7 @@ from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
 from .progress import Progress
 from .quantization import Grid
-from .reconstruction import hidden_states, reconstruct
+from .reconstruction import HELD_OUT, hidden_states, reconstruct, relative_error
 from .report import SparsityReport
 from .resume import Steps, depends_on, digest, fingerprint
 from .solver import Clock, Group, Solved, Solver
@@ -217,7 +217,7 @@ class PruningRun:
         clock, busy = Clock(), sum(self._report.seconds.values())
         if repeated and None in steps.left:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
-            self._solver.write(self._solve_together(repeated, self._whole_forwards))
+            self._solver.write(self._solve_together(repeated, self._whole_forwards)[0.0])
             steps.did(None)
         if self.config.error_correction:  # each batch also runs with the weights before they are pruned
             self._num_twins = len(self._batches)
@@ -388,12 +388,7 @@ class PruningRun:
         calls, twins = self._apart(calls)
         with self._solver.timed("statistics") as clock:
             statistics = self._solver.new_statistics(group[0])
-            num_layer = 0
-            for call in calls:
-                twin = twins.get(call.batch)
-                with self._activations.shown(None if twin is None else twin.payload.inputs):
-                    use = call.payload if twin is None else self._paired(call.batch, call.payload, twin.payload.inputs)
-                    num_layer += self._add(statistics, use, call.batch)
+            num_layer = sum(self._add(statistics, call.payload, call.batch) for call in calls)
             statistics.add_up(self._processes)
             together = sum(call.payload.together is not None for call in calls)
             num_layer, together = self._processes.totals(num_layer, together)
@@ -523,23 +518,26 @@ class PruningRun:
     ) -> list[str]:
         """Prune the matrices of a block at whose entry batches are parked, and return what else was changed."""
         entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
-        module, outputs = self._model.get_submodule(block), {}
+        module, outputs, dense_outputs = self._model.get_submodule(block), {}, {}
         calls, twins = self._apart(calls)
+        # Not to be corrected for, but to see on what the correction is worth.
+        held_out = {call.batch for call in calls[:: min(HELD_OUT, len(calls))]} if len(calls) > 1 else set()
 
         def forwards(on_use: OnUse) -> None:
             for call in calls:
                 notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
                 dense, target = self._dense_run(lockstep, module, twins.get(call.batch))
+                if target is not None and call.batch in held_out:
+                    dense_outputs[call.batch] = target.clone()  # what the batch owns may go away when it goes on
 
                 def pair(batch: int, use: Use, dense: Mapping[View, torch.Tensor] = dense) -> None:
-                    on_use(batch, self._paired(batch, use, dense.get(use.view)))
+                    on_use(batch, use if batch in held_out else self._paired(batch, use, dense.get(use.view)))
 
                 with self._at_entries(notes):
                     output = self._run_parked(lockstep, module, call, pair)
                 if self.config.reconstruct and isinstance(output, torch.Tensor):
-                    outputs[call.batch] = (
-                        output if target is None else output.lerp(target, self.config.error_correction or 0.0)
-                    )
+                    part = 0.0 if target is None else self.config.error_correction or 0.0
+                    outputs[call.batch] = output if target is None else output.lerp(target, part)
 
         @cache
         def modules() -> list[Experts]:
@@ -554,10 +552,45 @@ class PruningRun:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
 
         with self._residency.holding(matrix.view.parameter for group in groups for matrix in group):
-            solved = self._solve_together(groups, forwards, experts)
+            candidates = self._solve_together(groups, forwards, experts)
             lockstep.go_on(twin.batch for twin in twins.values())
-            self._solver.write(solved)
+            judges = [call for call in calls if call.batch in dense_outputs]
+            self._solver.write(self._best(lockstep, block, candidates, judges, dense_outputs))
             return self._reconstruct(lockstep, block, calls, groups, outputs) if outputs else []
+
+    def _best(
+        self,
+        lockstep: Lockstep,
+        block: str,
+        candidates: Mapping[float, Sequence[Solved]],
+        calls: Sequence[Call],
+        targets: Mapping[int, torch.Tensor],
+    ) -> Sequence[Solved]:
+        """Of solutions, by how far they are corrected, those with which a block is closest to the dense model.
+
+        Args:
+            lockstep: The forwards.
+            block: Name of the block.
+            candidates: The solutions.
+            calls: Batches to judge by.
+            targets: What the block puts out for them in the dense model.
+        """
+        if len(candidates) == 1:
+            return candidates[0.0]
+        module, errors = self._model.get_submodule(block), {}
+        (count,) = self._processes.totals(len(calls))
+        for correction, solved in candidates.items():
+            for one in solved:
+                one.matrix.write(one.weight)
+            error = torch.zeros((), dtype=torch.float64, device=self._processes.device)
+            for call in calls:
+                output = self._run_parked(lockstep, module, call, lambda batch, use: None)
+                error += relative_error(output, targets[call.batch]).to(error)
+            self._processes.sum_(error)
+            errors[correction] = error.item() / max(count, 1)
+        best = min(errors, key=errors.__getitem__)
+        self._report.correction[block] = {"before": errors[0.0], "after": errors[best], "correction": best}
+        return candidates[best]
 
     def _dense_run(
         self, lockstep: Lockstep, module: nn.Module, call: Call | None
@@ -613,7 +646,7 @@ class PruningRun:
         groups: Sequence[Group],
         forwards: Callable[[OnUse], None],
         experts: Callable[[PrunableMatrix], Experts | None] = lambda matrix: None,
-    ) -> list[Solved]:
+    ) -> dict[float, list[Solved]]:
         """Prune matrices on the inputs that all of them have before any of them is written.
 
         If their statistics do not fit in memory together, the forwards are run several times.
@@ -622,13 +655,17 @@ class PruningRun:
             groups: Matrices that share their inputs.
             forwards: Runs all forwards, calling a function with the index of a batch and each of its uses.
             experts: Once the forwards have run, gives the experts that a matrix belongs to, if any.
+
+        Returns:
+            Solutions by how much of the errors in their inputs they make up for: nothing, and what is asked for.
         """
-        solved: list[Solved] = []
+        solved: dict[float, list[Solved]] = {c: [] for c in (0.0, self.config.error_correction) if c is not None}
         for chunk in self._chunks(groups):
             tallies = self._collect(chunk, forwards)
             while tallies:
                 group, tally = chunk[-len(tallies)], tallies.pop(0)
-                solved += self._solve_tally(group, tally, forwards, experts)
+                for correction, found in self._solve_tally(group, tally, forwards, experts, list(solved)).items():
+                    solved[correction] += found
         return solved
 
     def _solve_tally(
@@ -637,7 +674,8 @@ class PruningRun:
         tally: _Tally,
         forwards: Callable[[OnUse], None],
         experts: Callable[[PrunableMatrix], Experts | None],
-    ) -> list[Solved]:
+        corrections: Sequence[float],
+    ) -> dict[float, list[Solved]]:
         own, matrix, share = tally.statistics, group[0], 0.0
         with self._solver.timed("statistics") as clock:
             layer, module = own, experts(matrix)
@@ -652,8 +690,9 @@ class PruningRun:
                 layer = self._shown(module, matrix, everyone=True) if share else own
             seconds = tally.seconds + clock.elapsed
         if not layer.num_tokens:
-            return []  # it did not run
-        return self._solver.solve(group, own.blended(layer, share) if share else own, seconds, share)
+            return {}  # it did not run
+        statistics = own.blended(layer, share) if share else own
+        return {c: self._solver.solve(group, statistics, seconds, share, c) for c in corrections}
 
     def _add_parts(self, statistics: Statistics, parameter: str, batch: int, use: Use) -> None:
         """Add the inputs of all matrices in a parameter."""

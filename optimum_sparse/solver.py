@@ -77,7 +77,12 @@ class Solver:
         return self.statistics(matrix.shape[1], matrix.device)
 
     def solve(
-        self, group: Group, statistics: Statistics | None, seconds: float = 0.0, layer_share: float = 0.0
+        self,
+        group: Group,
+        statistics: Statistics | None,
+        seconds: float = 0.0,
+        layer_share: float = 0.0,
+        correction: float = 0.0,
     ) -> list[Solved]:
         """Prune matrices that share their inputs, without writing them yet.
 
@@ -86,6 +91,7 @@ class Solver:
             statistics: Of their inputs, or `None` for a method that needs none.
             seconds: What the statistics took.
             layer_share: The share in the statistics of an expert that those of its layer have.
+            correction: How much of the errors in the inputs to make up for; needs `PairedStatistics`.
         """
         solved = []
         with self.timed("solve") as clock, self._residency.holding(matrix.view.parameter for matrix in group):
@@ -93,7 +99,7 @@ class Solver:
                 stack = [matrix for matrix in group if matrix.pattern == pattern]
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
                 with torch.autocast(stack[0].device.type, enabled=False), full_precision(), self._threads_for(stack):
-                    solutions, errors = self._solve_stack(stack, statistics)
+                    solutions, errors = self._solve_stack(stack, statistics, correction)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight
                     spent = (clock.elapsed + seconds) / len(group)
@@ -132,7 +138,7 @@ class Solver:
         return one_thread() if small and not self._method.parallel and not self._config.refine else nullcontext()
 
     def _solve_stack(
-        self, stack: Sequence[PrunableMatrix], statistics: Statistics | None
+        self, stack: Sequence[PrunableMatrix], statistics: Statistics | None, correction: float
     ) -> tuple[list[Solution], list[float | None]]:
         """Solve stacked matrices: solutions in the model's dtype, and the relative errors of their outputs."""
         names = ", ".join(matrix.name for matrix in stack)
@@ -152,9 +158,9 @@ class Solver:
             weight = weight[rows.own]
         try:
             target = weight
-            if self._config.error_correction:
+            if correction:
                 assert isinstance(statistics, PairedStatistics)
-                target = corrected_target(weight, statistics, self._config.error_correction)
+                target = corrected_target(weight, statistics, correction)
             solution = self._method.solve(target, statistics, stack[0].pattern, self._config, rows)
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)

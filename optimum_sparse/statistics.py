@@ -185,12 +185,13 @@ class PairedStatistics(GramStatistics):
     """The Gram matrix, and how the inputs of a layer deviate from those that it has in the dense model.
 
     Attributes:
-        deviation: `(X_dense - X)^T X`, `[in_features, in_features]` fp32.
+        num_paired: Of how many of the tokens it was seen what they are in the dense model.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
-        self.deviation = torch.zeros_like(self._sums)
+        self.num_paired = 0
+        self._deviation = torch.zeros_like(self._sums)
 
     @classmethod
     def num_bytes(cls, in_features: int) -> int:
@@ -199,11 +200,18 @@ class PairedStatistics(GramStatistics):
 
     def add_deviation(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
         """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
+        self.num_paired += inputs.shape[0]
         inputs = inputs.float()
         with full_precision():
-            self.deviation.addmm_((dense.float() - inputs).T, inputs)
+            self._deviation.addmm_((dense.float() - inputs).T, inputs)
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """`(X_dense - X)^T X`, `[in_features, in_features]` fp32, as if all tokens were as those paired."""
+        return self._deviation * (self.num_tokens / max(self.num_paired, 1))
 
     def add_up(self, processes: Processes) -> None:
         """As in `Statistics`."""
         super().add_up(processes)
-        processes.sum_(self.deviation)
+        processes.sum_(self._deviation)
+        (self.num_paired,) = processes.totals(self.num_paired)

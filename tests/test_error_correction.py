@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_sparse import SparseConfig, SparsePruner
+from optimum_sparse import SparseConfig, SparsePruner, solver
 from optimum_sparse.commands.inspect import inspect
-from optimum_sparse.methods import METHODS
+from optimum_sparse.methods import METHODS, correction
 from optimum_sparse.methods.correction import DAMPING
 from optimum_sparse.patterns import Unstructured
 from optimum_sparse.statistics import GramStatistics
@@ -34,8 +34,8 @@ def pruned(model, folder: Path | None = None, correction: float | None = 0.5, pa
     return pruner
 
 
-def inputs_of(model, name: str, padding: bool) -> torch.Tensor:
-    """What a layer receives on the calibration data, `[tokens, in_features]` float64, without padding."""
+def inputs_of(model, name: str, padding: bool) -> list[torch.Tensor]:
+    """What a layer receives on each calibration batch, `[tokens, in_features]` float64, without padding."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     batches = tiny_batches(BATCHES, padding=padding)
@@ -44,7 +44,7 @@ def inputs_of(model, name: str, padding: bool) -> torch.Tensor:
             model(**batch)
     handle.remove()
     masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in batches]
-    return torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)]).double()
+    return [x[mask].double() for x, mask in zip(seen, masks, strict=True)]
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -55,11 +55,13 @@ def test_a_block_is_pruned_towards_what_the_dense_model_has_there(name: str, pad
     before = copy.deepcopy(dense)  # as the second block was when it was pruned
     before.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
     name = f"model.layers.1.{name}"
-    x, x_dense = inputs_of(before, name, padding), inputs_of(dense, name, padding)
+    seen, seen_dense = inputs_of(before, name, padding), inputs_of(dense, name, padding)
+    x, paired, x_dense = torch.cat(seen), torch.cat(seen[1:]), torch.cat(seen_dense[1:])  # the first batch judges
+    deviation = (x_dense - paired).T @ (paired / x.norm(dim=0)) * len(x) / len(paired)
     weight = dense.get_submodule(name).weight.detach().double()
     norms = x.norm(dim=0)
     gram = (x / norms).T @ (x / norms) + DAMPING * torch.eye(x.shape[1])
-    target = weight + 0.7 * weight @ (x_dense - x).T @ (x / norms) @ torch.linalg.inv(gram) / norms
+    target = weight + 0.7 * weight @ deviation @ torch.linalg.inv(gram) / norms
     assert (target - weight).norm() > 0.01 * weight.norm()  # there is something to correct
     statistics = GramStatistics(x.shape[1])
     statistics.add(x.float())
@@ -88,11 +90,19 @@ def distance(model: nn.Module, dense: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"method": "wanda", "pattern": "2:4"}, {"method": "admm"}, {"refine": "cg"}, {"quantization": "int8"}],
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"method": "wanda", "pattern": "2:4"}),
+        ("llama", {"method": "admm"}),
+        ("llama", {"quantization": "int8"}),
+        ("gpt2", {"refine": "cg"}),
+        ("zamba2", {}),  # a block that runs twice, which is pruned before
+        ("mixtral", {}),
+        ("mixtral", {"method": "wanda", "pattern": "2:4"}),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "zamba2", "mixtral"])
 def test_models_come_closer_to_the_dense_one(tmp_path: Path, kind: str, options: dict):
     def model():
         return tiny_mixtral() if kind == "mixtral" else tiny_model(kind)
@@ -134,7 +144,7 @@ def test_a_run_that_was_interrupted_goes_on(
     solve, solved = METHODS["sparsegpt"].solve, []
 
     def interrupted(*arguments):
-        if len(solved) == 4 * finished:  # a block has four groups
+        if len(solved) == 8 * finished:  # a block has four groups, each solved with and without correction
             raise KeyboardInterrupt
         solved.append(arguments)
         return solve(*arguments)
@@ -145,5 +155,28 @@ def test_a_run_that_was_interrupted_goes_on(
     patched = replace(METHODS["sparsegpt"], solve=lambda *arguments: (solved.append(arguments), solve(*arguments))[1])
     monkeypatch.setitem(METHODS, "sparsegpt", patched)
     pruned(tiny_model(num_hidden_layers=3), tmp_path / "resumed", resume_from=tmp_path / "progress", **options)
-    assert len(solved) == 4 * 3 + ("ignore" in options)  # each group once
+    assert len(solved) == 8 * 3 + ("ignore" in options)  # each once
     assert_same(tmp_path / "expected", tmp_path / "resumed")
+
+
+def test_what_does_not_help_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    corrected, plain = tiny_model(), tiny_model()
+    right = correction.corrected_target
+    monkeypatch.setattr(solver, "corrected_target", lambda weight, *arguments: 2 * weight - right(weight, *arguments))
+    report = pruned(corrected, correction=1.0).report
+    pruned(plain, correction=None)
+    second = report.correction["model.layers.1"]
+    assert second["correction"] == 0 and second["after"] == second["before"] > 0
+    assert all(torch.equal(p, plain.get_parameter(name)) for name, p in corrected.named_parameters())
+
+
+def test_the_report_has_the_errors_of_held_out_batches():
+    dense, corrected = tiny_model(), tiny_model()
+    report = pruned(corrected).report
+    batch = tiny_batches(BATCHES)[0]
+    with torch.no_grad():
+        outputs = [model(**batch, output_hidden_states=True).hidden_states[1] for model in (corrected, dense)]
+    difference, reference = (outputs[0] - outputs[1]).square().sum(-1), outputs[1].square().sum(-1)
+    first, second = report.correction.values()
+    assert first["after"] == pytest.approx((difference / reference).mean().item(), rel=1e-4)
+    assert second["after"] < second["before"] and second["correction"] == 0.5

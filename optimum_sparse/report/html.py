@@ -221,6 +221,24 @@ def _depth(report: SparsityReport) -> list[dict[str, Any]]:
                 "rows": [(block, f"{each['before']:.3%}", f"{each['after']:.3%}") for block, each in found],
             }
         )
+    if report.correction:
+        found = report.correction.items()
+        title = "Error correction of each block"
+        parts.append(
+            {
+                "title": title,
+                "text": "Error of the block's outputs relative to those of the dense model, on calibration windows "
+                "that were held out, without correction and with what was taken of it: none where it did not help.",
+                "svg": _curves(
+                    {which: [(block, each[which]) for block, each in found] for which in ("before", "after")}, title
+                ),
+                "head": ("block", "before", "after", "correction"),
+                "rows": [
+                    (block, f"{each['before']:.3%}", f"{each['after']:.3%}", f"{each['correction']:g}")
+                    for block, each in found
+                ],
+            }
+        )
     blocks: dict[str, list[float]] = {}
     for matrix in report.matrices:
         if matrix.error is not None:

@@ -80,6 +80,9 @@ class SparsityReport:
             calibration batch. Empty without calibration, and for an offloaded model.
         reconstruction: For each block that was trained after pruning, the error of its outputs on held-out calibration
             windows `"before"` and `"after"`, and after how many `"epochs"`.
+        correction: For each block, with error correction, the error of its outputs on held-out calibration windows
+            relative to those of the dense model, `"before"` without and `"after"` with what was taken of the
+            `"correction"`, which is 0 if without it was better.
         sizes: Bytes of the weights: `"dense"`, all of them in memory, and `"saved"`, in the files written last.
         pictures: Pieces of a few matrices to look at.
         evaluations: What `evaluate` measured, the latest last.
@@ -101,6 +104,7 @@ class SparsityReport:
     memory: dict[str, int] = field(default_factory=dict)
     depth_error: dict[str, float] = field(default_factory=dict)
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)
+    correction: dict[str, dict[str, float]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)

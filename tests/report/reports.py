@@ -112,6 +112,7 @@ def full_report(blocks: int = 3, model: str = "some/base") -> SparsityReport:
         memory={"held before": 10**9, "statistics": 10**8},
         depth_error={f"h.{block}": 0.01 * (block + 1) for block in range(blocks)},
         reconstruction={f"h.{block}": {"before": 0.04, "after": 0.03, "epochs": 2} for block in range(blocks)},
+        correction={f"h.{block}": {"before": 0.05, "after": 0.04, "correction": 0.5} for block in range(blocks)},
         sizes={"dense": 250_000_000, "saved": 140_000_000},
         pictures=take_pictures(pictured),
         evaluations=[EVALUATION],

@@ -81,10 +81,10 @@ def test_everything_is_on_it(page: Page):
 
 def test_plots_have_a_mark_for_each_figure(page: Page):
     titles = page.text("title")[1:]
-    # two heatmaps, hidden states, reconstruction before and after, mean and worst
-    assert len(titles) == 2 * 3 * 4 + 3 + 2 * 3 + 2 * 3
+    # two heatmaps, hidden states, reconstruction and correction before and after, mean and worst
+    assert len(titles) == 2 * 3 * 4 + 3 + 3 * 2 * 3
     assert "h.2, mlp.down: 6.00%" in titles and "h.1: hidden states 2 %" in titles
-    assert len(page.all("svg")) == 2 + 3 + 2
+    assert len(page.all("svg")) == 2 + 4 + 2
 
 
 def test_it_can_be_used_without_seeing_or_pointing(page: Page):
