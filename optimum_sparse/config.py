@@ -30,7 +30,7 @@ QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "refine": "cg"},
     "balanced": {"method": "admm"},
-    "best": {"method": "admm", "reconstruct": 10},
+    "best": {"method": "admm", "error_correction": 0.5, "reconstruct": 8},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
