@@ -33,8 +33,9 @@ class SparseLayers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        self._shared = {name for name, parameter in model.named_parameters() if uses[id(parameter)] > 1}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        uses = Counter(map(id, parameters.values()))
+        self._shared = {name for name, parameter in parameters.items() if uses[id(parameter)] > 1}
         self._shared |= {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         self._tiles: dict[str, Tiles] = {}
         self._refused: dict[str, str] = {}
@@ -76,14 +77,13 @@ class SparseLayers:
             name, tiles = self._tiles.popitem()
             parent, _, attribute = name.rpartition(".")
             linear = self._model.get_submodule(name)
-            layer = SparseLinear(tiles, linear.bias).train(linear.training)
-            setattr(self._model.get_submodule(parent), attribute, layer)
+            setattr(self._model.get_submodule(parent), attribute, SparseLinear(tiles, linear.bias).eval())
         copy_what_stays(self._model)
         report = sparsify_for_inference(self._model, prefer="memory")  # matrices that are dense in the files, too
         dense = [layer for layer in report.layers if layer.choice != "sparse"]
         refused = {name: f"restored dense: {reason}" for name, reason in fold_reasons(self._refused).items()}
         report = replace(
-            report, layers=[*packed_layers(self._model), *dense], untouched={**report.untouched, **refused}
+            report, layers=[*_packed_layers(self._model), *dense], untouched={**report.untouched, **refused}
         )
         self._warn(report)
         return report
@@ -103,7 +103,7 @@ class SparseLayers:
             )
 
 
-def packed_layers(model: nn.Module) -> list[LayerChoice]:
+def _packed_layers(model: nn.Module) -> list[LayerChoice]:
     """The `SparseLinear` layers of a model, those of one shape, type and, within 5 %, sparsity together."""
     kinds: dict[tuple[object, ...], dict[str, Tiles]] = {}
     for name, module in model.named_modules():

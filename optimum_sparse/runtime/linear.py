@@ -43,7 +43,8 @@ class SparseLinear(nn.Module):
             TypeError: Its weight is of a type that cannot be packed.
         """
         layer = cls(Tiles.pack(linear.weight), linear.bias)
-        return layer.train(linear.training)
+        layer.training = linear.training
+        return layer
 
     def _set(self, tiles: Tiles) -> None:
         self.out_features, self.in_features = tiles.shape
@@ -103,8 +104,8 @@ class SparseLinear(nn.Module):
 @lru_cache
 def _say_that_packed_weights_stay() -> None:
     logger.warning(
-        "Packed layers (SparseLinear) are put in training mode, and their weights are not trained: to train them, load "
-        "the model without runtime='sparse', and train it before sparsify_for_inference."
+        "Packed layers (SparseLinear) are put in training mode, and their weights are not trained: to train them, "
+        "load the model without runtime='sparse', and train it before sparsify_for_inference."
     )
 
 
