@@ -14,14 +14,12 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import VERSION, Checkpoint, check_version
-from ..loading import PACKED
+from ..loading import PACKED, RUNTIMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .sparse_layers import SparseLayers
-
-RUNTIMES = ("dense", "sparse")
 
 
 @register_quantization_config(PACKED)
