@@ -136,7 +136,7 @@ def test_public_names():
 
 
 def test_unknown_public_name():
-    with pytest.raises(AttributeError, match=r"no attribute 'SparsePrune'; it has PackedConfig, SparseConfig, SparsePruner"):
+    with pytest.raises(AttributeError, match=r"no attribute 'SparsePrune'; it has PackedConfig, SparseConfig, Spar"):
         optimum_sparse.SparsePrune  # noqa: B018
 
 

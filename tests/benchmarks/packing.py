@@ -185,13 +185,18 @@ def fuzz(mutations: int) -> None:
 
 def sweep() -> None:
     """Pack and load a model of every type of causal language model, and compare it with the dense one."""
-    from tests.architectures import CAUSAL_LM_TYPES, MISSING
+    from tests.architectures import CAUSAL_LM_TYPES, MISSING, sweep_model
+    from tests.integrations.test_packed import assert_equal
     from tests.integrations.test_packed import test_the_model_is_that_of_the_dense_checkpoint as check
+    from tests.integrations.test_sparse_layers import load_sparse
 
     types = sorted(set(CAUSAL_LM_TYPES) - set(MISSING))
     for model_type in types:
         with tempfile.TemporaryDirectory() as folder:
             check(model_type, Path(folder))
+            model_class = type(sweep_model(model_type))
+            sparse = load_sparse(Path(folder, "packed"), model_class)
+            assert_equal(sparse, model_class.from_pretrained(Path(folder, "dense")))
         print(model_type, "ok", flush=True)
     print(f"{len(types)} types")
 

@@ -129,6 +129,20 @@ def test_biases(tmp_path):
     assert_equal(loaded, model)
 
 
+def test_code_from_elsewhere_initialises_no_packed_layer(tmp_path, monkeypatch):
+    """It would set the bias of a layer to zero if a parameter of the layer seemed not to be loaded."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[::2] = 0
+    model.save_pretrained(tmp_path / "dense")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    initialised = []
+    monkeypatch.setattr(LlamaForCausalLM, "is_custom_code", lambda _: True)
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", lambda _, module: initialised.append(module))
+    assert sparse_names(load_sparse(tmp_path / "packed")) == {"lm_head"}
+    assert not any(isinstance(module, nn.Linear) for module in initialised)
+
+
 def test_only_one_matrix_is_dense_at_a_time(llama, monkeypatch):
     unpack, seen = Packed.unpack, []
 
@@ -211,14 +225,15 @@ def test_other_device_maps_are_refused(device_map, llama):
         load_sparse(llama[0], device_map=device_map)
 
 
-def test_a_wrong_shape_is_what_it_is_for_a_dense_model(llama):
+def test_wrong_shapes_are_what_they_are_for_a_dense_model(llama):
     config = LlamaConfig.from_pretrained(llama[0], intermediate_size=65)
-    errors = []
-    for options in ({}, {"quantization_config": PackedConfig(runtime="sparse")}):
-        with pytest.raises(RuntimeError, match="mismatch") as error:
-            LlamaForCausalLM.from_pretrained(llama[0], config=config, **options)
-        errors.append(str(error.value))
-    assert errors[0] == errors[1]
+    with pytest.raises(RuntimeError, match="mismatch"):
+        load_sparse(llama[0], LlamaForCausalLM, config=config)
+    mismatched = [
+        load(folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True)[1]["mismatched_keys"]
+        for load, folder in ((LlamaForCausalLM.from_pretrained, llama[1]), (load_sparse, llama[0]))
+    ]
+    assert mismatched[0] == mismatched[1] and len(mismatched[0]) == 6
 
 
 def test_the_pruner_packs_it_again(pruned, tmp_path):
