@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SparseConfig
+    from .integrations.packed import PackedConfig
     from .pruner import SparsePruner
     from .report import SparsityReport
     from .runtime import sparsify_for_inference
 
 __version__ = "0.1.0"
-__all__ = ["SparseConfig", "SparsePruner", "SparsityReport", "sparsify_for_inference"]
+__all__ = ["PackedConfig", "SparseConfig", "SparsePruner", "SparsityReport", "sparsify_for_inference"]
 
 _HOME = {
+    "PackedConfig": ".integrations.packed",
     "SparseConfig": ".config",
     "SparsePruner": ".pruner",
     "SparsityReport": ".report",

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.getLogger(__name__)
 
 # quantization_config.quant_method of a checkpoint that this package packed: without loss, hence not quantised.
 PACKED = "optimum_sparse_packed"
+# What a packed checkpoint can be in memory: see `PackedConfig`.
+RUNTIMES = ("dense", "sparse")
 
 # A folder with none of these has no tokenizer.
 TOKENIZER_FILES = (
@@ -41,6 +44,7 @@ def load_model(
     device_map: str | Mapping[str, str | int | torch.device] | None = None,
     offload_folder: Path | None = None,
     quantized: bool = False,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model: a causal language model, or of whatever kind its configuration says.
 
@@ -50,6 +54,7 @@ def load_model(
         device_map: Where its modules go, as for `from_pretrained`; by default to the CPU. Not for GGUF.
         offload_folder: Where weights go that are offloaded to disk and are not in the checkpoint as in memory.
         quantized: Whether it may be quantised, which it may not be to be pruned.
+        quantization_config: As for `from_pretrained`, e.g. a `PackedConfig`. Not for GGUF.
 
     Returns:
         The model in evaluation mode, and its tokenizer, or `None` if there are no tokenizer files.
@@ -61,6 +66,8 @@ def load_model(
     """
     path = local_path(source)
     if path is not None and path.is_file():
+        if quantization_config is not None:
+            raise ValueError(f"{path} is a file, and {type(quantization_config).__name__} is not for it.")
         return _load_gguf(path, dtype)
     name = str(path or source)
     with hub_errors(name):
@@ -78,6 +85,7 @@ def load_model(
             output_loading_info=True,
             device_map=device_map,
             offload_folder=offload_folder,
+            quantization_config=quantization_config,
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

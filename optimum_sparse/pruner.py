@@ -28,6 +28,7 @@ from .progress import Progress
 from .quantization import Grid, write_grids
 from .report import PAGE_FILE, SparsityReport, take_pictures, weight_bytes, write_report
 from .run import PruningRun
+from .runtime.linear import SparseLinear
 from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 
@@ -330,6 +331,12 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"The model is quantized with {method}: prune the unquantized model, then quantize it.")
         # Its weights are plain tensors already; without the quantizer it can be saved.
         quantizer.remove_quantization_config(model)
+    packed = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} layers are packed, among them {packed[0]}, and packed weights cannot be changed: load the "
+            "model without runtime='sparse', and prune it before sparsify_for_inference."
+        )
     if model.training:
         raise ValueError("The model is in training mode, so dropout would disturb the statistics: call model.eval().")
     offloaded = offloaded_places(model)

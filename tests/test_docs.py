@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse import SparsePruner
+from optimum_sparse.checkpoint import pack_folder
 from optimum_sparse.commands.bench import BenchCommand
 from optimum_sparse.commands.compare import CompareCommand
 from optimum_sparse.commands.evaluate import EvaluateCommand
@@ -162,6 +163,7 @@ def test_evaluation_runs(workplace: Path):
 def test_guides_run(workplace: Path):
     names = run_blocks(ROOT / "docs" / "guides" / "push.md")
     assert names["pruner"].report.evaluations[0]["texts"][0]["ratio"] > 0 and inspect("pruned")["metadata_is_true"]
+    pack_folder(Path("pruned"), Path("packed"))
     names = run_blocks(ROOT / "docs" / "guides" / "serve.md")
     assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
 
@@ -169,6 +171,8 @@ def test_guides_run(workplace: Path):
 def test_packing_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "packing.md")
     assert names["model"].config.sparsity_config["achieved_sparsity"] == 0.5
+    layers = names["model"].runtime_report.layers
+    assert sum(layer.count for layer in layers if layer.choice == "sparse") == 2 * 7
     assert inspect("packed")["metadata_is_true"]
 
 

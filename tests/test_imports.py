@@ -106,24 +106,27 @@ def test_help_of_the_command_is_light(arguments: list[str]):
     assert last_line.split() == ["imported:"]
 
 
-@pytest.mark.parametrize("name", ["SparseConfig", "SparsePruner"])
+@pytest.mark.parametrize("name", ["PackedConfig", "SparseConfig", "SparsePruner"])
 def test_public_entry_points_register_the_quantizer(name: str):
     code = f"""
 from optimum_sparse import {name}
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-print("optimum_sparse" in AUTO_QUANTIZATION_CONFIG_MAPPING, "optimum_sparse" in AUTO_QUANTIZER_MAPPING)
+for name in ("optimum_sparse", "optimum_sparse_packed"):
+    print(name in AUTO_QUANTIZATION_CONFIG_MAPPING, name in AUTO_QUANTIZER_MAPPING)
 """
-    assert run(code).split() == ["True", "True"]
+    assert run(code).split() == 4 * ["True"]
 
 
 def test_public_names():
     from optimum_sparse.config import SparseConfig
+    from optimum_sparse.integrations.packed import PackedConfig
     from optimum_sparse.pruner import SparsePruner
     from optimum_sparse.report import SparsityReport
     from optimum_sparse.runtime import sparsify_for_inference
 
     public = {name: getattr(optimum_sparse, name) for name in optimum_sparse.__all__}
     assert public == {
+        "PackedConfig": PackedConfig,
         "SparseConfig": SparseConfig,
         "SparsePruner": SparsePruner,
         "SparsityReport": SparsityReport,
@@ -133,7 +136,7 @@ def test_public_names():
 
 
 def test_unknown_public_name():
-    with pytest.raises(AttributeError, match=r"no attribute 'SparsePrune'; it has SparseConfig, SparsePruner"):
+    with pytest.raises(AttributeError, match=r"no attribute 'SparsePrune'; it has PackedConfig, SparseConfig, Spar"):
         optimum_sparse.SparsePrune  # noqa: B018
 
 

@@ -85,6 +85,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         "Packed checkpoints",
         "See [Packed checkpoints](packing.md).",
         [
+            ("integrations/packed.py", ("PackedConfig",)),
             ("checkpoint.py", ("pack_folder", "unpack_folder", "Sizes", "Checkpoint")),
             ("packing.py", ("Packed", "pack", "smallest")),
         ],
@@ -177,7 +178,7 @@ def _exports(file: Path) -> list[str]:
 
 def _entry(node: Definition, module: str) -> list[str]:
     parts = [f"### `{node.name}`\n", _code(f"from {module} import {node.name}", _signature(node)), _docstring(node)]
-    if node.name.endswith("Config"):
+    if node.name.endswith("Config") and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
         parts.append(_options(module, node.name))
     if isinstance(node, ast.ClassDef):
         for member in node.body:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..loading import load_model, local_path
+from ..loading import RUNTIMES, load_model, local_path
 from . import DTYPES, check_writable, device_called, user_errors
 
 if TYPE_CHECKING:
@@ -74,6 +74,12 @@ class EvaluateCommand(BaseOptimumCLICommand):
         running.add_argument(
             "--offload", action="store_true", help="on all GPUs, and what does not fit there on the CPU and on disk"
         )
+        running.add_argument(
+            "--runtime",
+            choices=RUNTIMES,
+            default="dense",
+            help="sparse: a packed MODEL stays packed in memory, on the CPU (default: dense)",
+        )
         output = parser.add_argument_group("output")
         output.add_argument("--json", metavar="FILE.json", type=Path, help="write the figures to a file")
 
@@ -95,6 +101,10 @@ def evaluate_model(args: Namespace) -> None:
         raise ValueError(f"--tasks-dir {args.tasks_dir} is no folder: name one with .yaml files of tasks.")
     if args.offload and args.device != "auto":
         raise ValueError(f"--offload uses all devices: leave out --device {args.device}.")
+    if args.runtime == "sparse" and (args.offload or args.device not in ("auto", "cpu")):
+        raise ValueError(
+            "--runtime sparse is for a whole model on the CPU: leave out --offload, and --device or give --device cpu."
+        )
     if args.json is not None:
         check_writable(args.json.absolute().parent)
     from ..evaluation import check_same_tokenizer, evaluate, generate
@@ -104,7 +114,7 @@ def evaluate_model(args: Namespace) -> None:
     source = local_path(args.model)
     report = None if source is None else read_report(source)
     with tempfile.TemporaryDirectory(prefix="optimum-sparse-offload-") as folder:
-        model, tokenizer = _load(args, args.model, Path(folder, "model"))
+        model, tokenizer = _load(args, args.model, Path(folder, "model"), args.runtime)
         if tokenizer is None:
             raise ValueError(f"{args.model} has no tokenizer: save that of the dense model along with it.")
         baseline = None
@@ -149,12 +159,18 @@ def evaluate_model(args: Namespace) -> None:
         print(f"\nAdded to {source / REPORT_FILE}.")
 
 
-def _load(args: Namespace, name: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _load(
+    args: Namespace, name: str, folder: Path, runtime: str = "dense"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A model where the options want it, quantised or not."""
+    if runtime == "sparse":
+        from ..integrations.packed import PackedConfig
+
+        return load_model(name, args.dtype, quantized=True, quantization_config=PackedConfig(runtime=runtime))
     if args.offload:
         folder.mkdir()
         return load_model(name, args.dtype, "auto", folder, quantized=True)
-    device = device_called(args.device)
+    device = device_called("cpu" if args.runtime == "sparse" else args.device)
     model, tokenizer = load_model(name, args.dtype, quantized=True)
     # What transformers has quantised it has also put where it computes.
     return model if getattr(model, "is_quantized", False) else model.to(device), tokenizer

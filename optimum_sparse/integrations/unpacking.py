@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,18 +13,22 @@ from ..packing import LAYOUT, POSITIONS, Packed
 
 _PARTS = (POSITIONS, LAYOUT)
 
+# Told the name of a parameter and the value that was unpacked for it, says whether it takes the value.
+Taker = Callable[[str, torch.Tensor], bool]
 
-def conversions_for_parts(conversions: Sequence[Any], packed: Iterable[str]) -> list[Any]:
+
+def conversions_for_parts(conversions: Sequence[Any], packed: Iterable[str], take: Taker | None = None) -> list[Any]:
     """The rules of a model, so that they do with packed tensors what they do with dense ones.
 
     Args:
         conversions: The rules of the model.
         packed: The names of the packed tensors in the files.
+        take: Is offered what was packed; what it takes is not put into the model.
     """
     renamings = deepcopy([rule for rule in conversions if isinstance(rule, WeightRenaming)])
     renamed = frozenset(apply_renamings(name, renamings) for name in packed)
 
-    class UnpackTheRest(WeightConverter):
+    class UnpackTheRest(UnpackingConverter):
         """Unpacks what no rule of the model has matched."""
 
         original = None
@@ -33,8 +37,13 @@ def conversions_for_parts(conversions: Sequence[Any], packed: Iterable[str]) -> 
             name, part = _split(source_key)
             return (name, part) if name in renamed else (source_key, None)
 
-    rules = [(Renaming if isinstance(rule, WeightRenaming) else Converter)(rule) for rule in conversions]
+    rules = [Renaming(rule) if isinstance(rule, WeightRenaming) else Converter(rule) for rule in conversions]
     rest = UnpackTheRest(["", *_PARTS], "", [Unpack([""], [])])
+    if take is not None:
+        for rule in (*rules, rest):
+            if isinstance(rule, UnpackingConverter):
+                # Rules are copied for each parameter, a method with all that it belongs to, but a function is not.
+                rule.take = lambda name, value: take(name, value)
     rest.force_cpu = True  # the parts are not moved to a device only to be unpacked on the CPU
     return [*rules, rest]
 
@@ -62,7 +71,24 @@ class Renaming(WeightRenaming):
         return self.original.was_used()
 
 
-class Converter(WeightConverter):
+class UnpackingConverter(WeightConverter):
+    """Unpacks tensors, and offers what was packed to `take`, if there is one, before it goes into the model."""
+
+    take: Taker | None = None
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `WeightConverter`; the result is without what was taken."""
+        packed = any(pattern.endswith(_PARTS) for pattern in self.collected_tensors)
+        found = super().convert(layer_name, *args, **kwargs)
+        if self.take is None or not packed:
+            return found
+        values = {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+        taken = {name for name, value in values.items() if self.take(name, value)}
+        kwargs["loading_info"].missing_keys.difference_update(taken)
+        return {name: value for name, value in values.items() if name not in taken}
+
+
+class Converter(UnpackingConverter):
     """Collects the parts of packed tensors along with the tensors, and unpacks them before all else."""
 
     def __init__(self, original: WeightConverter) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from functools import lru_cache
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 
 from . import ops
 from .tiles import Tiles
+
+logger = logging.getLogger(__name__)
 
 
 class SparseLinear(nn.Module):
@@ -39,7 +43,8 @@ class SparseLinear(nn.Module):
             TypeError: Its weight is of a type that cannot be packed.
         """
         layer = cls(Tiles.pack(linear.weight), linear.bias)
-        return layer.train(linear.training)
+        layer.training = linear.training
+        return layer
 
     def _set(self, tiles: Tiles) -> None:
         self.out_features, self.in_features = tiles.shape
@@ -65,6 +70,12 @@ class SparseLinear(nn.Module):
             x, parts["masks"], parts["values"], parts["offsets"], self.bias, self.out_features, self.in_features
         )
 
+    def train(self, mode: bool = True) -> Self:
+        """As that of `nn.Module`; says once that training does not reach the weight."""
+        if mode:
+            _say_that_packed_weights_stay()
+        return super().train(mode)
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         zeros = 1 - (self.values.numel() - 32) / (self.out_features * self.in_features)
@@ -88,6 +99,14 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if key in unexpected_keys:
             unexpected_keys.remove(key)
+
+
+@lru_cache
+def _say_that_packed_weights_stay() -> None:
+    logger.warning(
+        "Packed layers (SparseLinear) are put in training mode, and their weights are not trained: to train them, "
+        "load the model without runtime='sparse', and train it before sparsify_for_inference."
+    )
 
 
 class DenseLinear(nn.Linear):

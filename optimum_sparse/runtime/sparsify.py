@@ -77,12 +77,12 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
             choice, reason, times = _fastest(model, members, batch_size)
         layers.append(_replace(model, members, choice, reason, times))
     if any(layer.choice == "sparse" for layer in layers):
-        _copy_what_stays(model)
+        copy_what_stays(model)
     release_memory()
     return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
 
 
-def _copy_what_stays(model: nn.Module) -> None:
+def copy_what_stays(model: nn.Module) -> None:
     """Let go of the checkpoint: one tensor that is mapped from a file keeps all of it in memory."""
     dense = [module for module in model.modules() if not isinstance(module, SparseLinear)]
     tensors = {id(t): t for m in dense for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
@@ -151,7 +151,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         shape = (weight.shape[0], weight.shape[1])
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
         found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
-    return found, _fold(untouched)
+    return found, fold_reasons(untouched)
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:
@@ -166,7 +166,7 @@ def _reason_to_stay(module: nn.Module) -> str | None:
     return None
 
 
-def _fold(reasons: dict[str, str]) -> dict[str, str]:
+def fold_reasons(reasons: dict[str, str]) -> dict[str, str]:
     """Names that differ in an index joined."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -69,6 +69,11 @@ class Tiles:
         """Bytes that it takes."""
         return self.masks.nbytes + self.values.nbytes + self.offsets.nbytes
 
+    @property
+    def sparsity(self) -> float:
+        """The part of the weights that is not stored."""
+        return 1 - (self.values.numel() - PADDING) / (self.shape[0] * self.shape[1])
+
     @classmethod
     def pack(cls, weight: torch.Tensor) -> Tiles:
         """Pack a dense weight.

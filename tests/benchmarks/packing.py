@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import machine, peak_memory, resident_memory, write_json
+from common import machine, peak_memory, write_json
 
 ROOT = Path(__file__).parents[2]
 CASES = {"50 %": (0.5, None), "60 %": (0.6, None), "70 %": (0.7, None), "2:4": (0.5, "2:4"), "4:8": (0.5, "4:8")}
@@ -54,9 +54,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             result = results[case] = run_case(args, case, Path(folder))
         print(f"\n{case}: {result['size']:.4f} of the dense matrices ({result['model'] / 1e6:,.0f} MB of weights)")
-        print(f"{'':28}{'GB/s':>8}{'GB/CPU s':>10}{'peak above import, MB':>24}")
-        for name, (seconds, cpu_seconds, growth, size) in result["runs"].items():
-            memory = f"{growth / 1e6:24,.0f}" if growth else ""
+        print(f"{'':28}{'GB/s':>8}{'GB/CPU s':>10}{'peak above import, MB':>24}{'held by the model, MB':>24}")
+        for name, (seconds, cpu_seconds, *growth, size) in result["runs"].items():
+            memory = "".join(f"{grown / 1e6:24,.0f}" for grown in growth if grown)
             print(f"{name:28}{size / 1e9 / seconds:8.2f}{size / 1e9 / cpu_seconds:10.2f}{memory}", flush=True)
     print("\nGB are those of dense weights; the fastest of several runs. Pages of a mapped file count as memory.")
     return results
@@ -81,6 +81,7 @@ def run_case(args: argparse.Namespace, case: str, folder: Path) -> dict[str, Any
         "sparse pack": (lambda: child("pack", folder / "dense", folder / "packed"), model),
         "sparse unpack": (lambda: child("unpack", folder / "packed", folder / "again"), model),
         "from_pretrained, packed": (lambda: child("load", folder / "packed"), model),
+        "the same, runtime='sparse'": (lambda: child("load-sparse", folder / "packed"), model),
         "from_pretrained, dense": (lambda: child("load", folder / "dense"), model),
     }
     runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
@@ -92,18 +93,35 @@ def run_case(args: argparse.Namespace, case: str, folder: Path) -> dict[str, Any
 
 
 def step(name: str, *folders: str) -> None:
-    """One step with files; print its seconds, CPU seconds, and how much the memory of this process grew at most."""
+    """One step with files; print its seconds, CPU seconds, and how much memory this process took for it.
+
+    That is how much it grew at most, and what a model that was loaded holds after its first token.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+    from optimum_sparse import PackedConfig
     from optimum_sparse.checkpoint import pack_folder, unpack_folder
+    from optimum_sparse.runtime.bench import resident_bytes
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     assert LlamaForCausalLM  # imports what from_pretrained would
-    functions = {"load": AutoModelForCausalLM.from_pretrained, "pack": pack_folder, "unpack": unpack_folder}
-    before = resident_memory()
-    seconds, cpu_seconds, _ = timed(lambda: functions[name](*map(Path, folders)))
-    print(seconds, cpu_seconds, peak_memory() - before)
+    load = AutoModelForCausalLM.from_pretrained
+    functions = {
+        "load": load,
+        "load-sparse": lambda folder: load(folder, quantization_config=PackedConfig(runtime="sparse")),
+        "pack": pack_folder,
+        "unpack": unpack_folder,
+    }
+    before = resident_bytes()
+    results: list[Any] = []
+    seconds, cpu_seconds, *_ = timed(lambda: results.append(functions[name](*map(Path, folders))))
+    peak, held = peak_memory() - before, 0
+    if name.startswith("load"):
+        with torch.no_grad():
+            results[0](torch.zeros(1, 1, dtype=torch.int64))
+        held = resident_bytes() - before
+    print(seconds, cpu_seconds, peak, held)
 
 
 def child(name: str, *folders: Path) -> tuple[float, ...]:
@@ -114,11 +132,11 @@ def child(name: str, *folders: Path) -> tuple[float, ...]:
     return tuple(map(float, output.stdout.split()))
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, float, float]:
+def timed(function: Callable[[], Any]) -> tuple[float, float, float, float]:
     """Seconds and CPU seconds of a call."""
     start, cpu_start = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start, time.process_time() - cpu_start, 0.0
+    return time.perf_counter() - start, time.process_time() - cpu_start, 0.0, 0.0
 
 
 def masked(weight: Any, sparsity: float, pattern: str | None) -> Any:
@@ -167,13 +185,18 @@ def fuzz(mutations: int) -> None:
 
 def sweep() -> None:
     """Pack and load a model of every type of causal language model, and compare it with the dense one."""
-    from tests.architectures import CAUSAL_LM_TYPES, MISSING
+    from tests.architectures import CAUSAL_LM_TYPES, MISSING, sweep_model
+    from tests.integrations.test_packed import assert_equal
     from tests.integrations.test_packed import test_the_model_is_that_of_the_dense_checkpoint as check
+    from tests.integrations.test_sparse_layers import load_sparse
 
     types = sorted(set(CAUSAL_LM_TYPES) - set(MISSING))
     for model_type in types:
         with tempfile.TemporaryDirectory() as folder:
             check(model_type, Path(folder))
+            model_class = type(sweep_model(model_type))
+            sparse = load_sparse(Path(folder, "packed"), model_class)
+            assert_equal(sparse, model_class.from_pretrained(Path(folder, "dense")))
         print(model_type, "ok", flush=True)
     print(f"{len(types)} types")
 

@@ -8,13 +8,15 @@ import datasets
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sparse import SparsePruner
+from optimum_sparse import SparsePruner, evaluation
 from optimum_sparse.checkpoint import pack_folder
 from optimum_sparse.commands.evaluate import PROMPTS
 from optimum_sparse.evaluation import perplexity
 from optimum_sparse.report import read_report
+from optimum_sparse.runtime import SparseLinear
 from tests.beyond_text import bert_model, t5_model
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
 from tests.commands.cli import sparse
@@ -93,6 +95,34 @@ def test_packed_and_offloaded_models(folders: Path, options: tuple[str, ...]):
     assert run(folders / "packed", *data, folders / "b.json", *options) == 0
     a, b = (json.loads((folders / name).read_text())["texts"] for name in ("a.json", "b.json"))
     assert a == b
+
+
+def test_packed_in_memory(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    pack_folder(folders / "pruned", folders / "packed")
+    layers = []
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: layers.append(sparse_layers(*args)) or evaluate(*args))
+    data = ("--dataset", folders / "text.txt", "--seqlen", 64, "--baseline", folders / "dense", "--json")
+    for runtime in ("dense", "sparse"):
+        assert run(folders / "packed", *data, folders / f"{runtime}.json", "--runtime", runtime) == 0
+    dense, sparse = (json.loads((folders / f"{name}.json").read_text())["texts"][0] for name in ("dense", "sparse"))
+    assert layers == [(0, 0), (14, 0)]
+    for name in ("perplexity", "baseline_perplexity"):
+        assert sparse[name] == pytest.approx(dense[name], rel=1e-5)
+    capsys.readouterr()
+    for options, message in (
+        (("--offload",), "leave out --offload"),
+        (("--device", "cuda"), "leave out --offload, and --device or give --device cpu"),
+    ):
+        assert run(folders / "packed", *data, folders / "x.json", "--runtime", "sparse", *options) == 2
+        assert message in capsys.readouterr().err
+    assert run(folders / "pruned", *data, folders / "x.json", "--runtime", "sparse") == 2
+    assert "The checkpoint is not packed" in capsys.readouterr().err
+
+
+def sparse_layers(model: nn.Module, _tokenizer: object, baseline: nn.Module, *_: object) -> tuple[int, int]:
+    """How many packed layers a model has, and its baseline."""
+    return tuple(sum(isinstance(m, SparseLinear) for m in each.modules()) for each in (model, baseline))
 
 
 def test_what_does_not_go_together(folders: Path, capsys: pytest.CaptureFixture):
