@@ -2,7 +2,16 @@
 
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
+from .semi_structured import SemiStructuredLinear
 from .sparsify import sparsify_for_inference
 from .tiles import Tiles
 
-__all__ = ["DenseLinear", "LayerChoice", "RuntimeReport", "SparseLinear", "Tiles", "sparsify_for_inference"]
+__all__ = [
+    "DenseLinear",
+    "LayerChoice",
+    "RuntimeReport",
+    "SemiStructuredLinear",
+    "SparseLinear",
+    "Tiles",
+    "sparsify_for_inference",
+]

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch.nn import functional as F
 
-from . import kernels, tiles
+from . import gpu, kernels, tiles
 
 # Up to here, the kernel is faster than unpacking and the dense product.
 MOST_TOKENS = 96
@@ -42,6 +42,8 @@ def _tiles_linear(
     shape = (rows, columns)
     tiles.check_parts(shape, masks, values, offsets)
     _check_inputs(x, values, bias, shape)
+    if gpu.usable(x):
+        return gpu.tiles_linear(x, masks, values, offsets, bias, shape)
     tokens = x.numel() // columns
     if tokens > MOST_TOKENS or not _has_kernel(x):
         return _unpack_and_multiply(x, masks, values, offsets, bias, shape)

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..metadata import fold_names
-from . import kernels
+from . import gpu, kernels, semi_structured
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
+from .semi_structured import SemiStructuredLinear
 
 PREFERENCES = ("speed", "memory")
 
@@ -30,22 +31,29 @@ EVICTION_BYTES = 2**26
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
-def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = "speed") -> RuntimeReport:
+def sparsify_for_inference(
+    model: nn.Module, batch_size: int = 1, prefer: str = "speed", cuda_graphs: bool = False
+) -> RuntimeReport:
     """Replace the linear layers of a pruned model, in place, by faster or smaller ones.
 
     With `prefer="speed"`, layers of each shape, type and sparsity are timed in the forms that they can have, in turn,
     with `batch_size` tokens, and keep the fastest: as they are; `DenseLinear`, which is faster for a single token; or
-    `SparseLinear`, which stores and reads the non-zero weights only. Ties stay as they are. With `prefer="memory"`,
-    all layers that become smaller are packed, and nothing is timed.
+    `SparseLinear`, which stores and reads the non-zero weights only. On a GPU there is no `DenseLinear`, and matrices
+    that are 2:4 may become `SemiStructuredLinear`, if the units of the GPU take them. Ties stay as they are. With
+    `prefer="memory"`, all layers that become smaller are packed as `SparseLinear`, and nothing is timed.
 
     The model computes the same, to the rounding of its type. It generates, compiles and saves as before (a saved
     model is dense), but the weights of sparse layers cannot be trained. The kernels are used where no gradient is
     asked for, as in `generate`.
 
     Args:
-        model: Any module with `nn.Linear` layers, on the CPU. Layers of other classes stay as they are.
-        batch_size: How many tokens the model will process at once: the batch size of `generate`.
+        model: Any module with `nn.Linear` layers, on the CPU or NVIDIA GPUs. Layers of other classes stay as they are.
+        batch_size: How many tokens the model will process at once: the batch size of `generate`. If prompts are what
+            matters, their tokens in all.
         prefer: `"speed"` or `"memory"`.
+        cuda_graphs: Whether the model will run as CUDA graphs (`torch.compile(mode="reduce-overhead")`, or a static
+            cache in `generate`), and layers on GPUs are timed so. Else the times have what it takes the host to call
+            them, which for few tokens is longer than what the GPU takes.
 
     Returns:
         What became of each layer, and the measurements.
@@ -74,12 +82,14 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         if prefer == "memory":
             choice, reason, times = _smallest(members)
         else:
-            choice, reason, times = _fastest(model, members, batch_size)
+            choice, reason, times = _fastest(model, members, batch_size, cuda_graphs)
         layers.append(_replace(model, members, choice, reason, times))
     if any(layer.choice == "sparse" for layer in layers):
         _copy_what_stays(model)
     release_memory()
-    return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
+    on_gpu = any(candidate.gpu for candidate in candidates)
+    kernel, missing = ("triton", gpu.MISSING) if on_gpu else (kernels.LEVEL, kernels.MISSING)
+    return RuntimeReport(batch_size, kernel, missing, kernels.threads(), layers, untouched)
 
 
 def _copy_what_stays(model: nn.Module) -> None:
@@ -107,6 +117,9 @@ class _Candidate:
     bias: bool
     tied: bool
     nonzero: int
+    device: torch.device
+    gpu: bool
+    two_of_four: bool
 
     @property
     def numel(self) -> int:
@@ -119,7 +132,8 @@ class _Candidate:
     @property
     def kind(self) -> tuple:
         """What its time depends on."""
-        return (self.shape, self.dtype, self.bias, self.tied, round(20 * self.sparsity))
+        sparsity = round(20 * self.sparsity)
+        return (self.shape, self.dtype, self.bias, self.tied, sparsity, self.device, self.two_of_four)
 
     @property
     def obstacle(self) -> str | None:
@@ -140,7 +154,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
     found: list[_Candidate] = []
     untouched: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear):
+        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear | SemiStructuredLinear):
             continue
         matrices = {key: p for key, p in module._parameters.items() if p is not None and p.ndim >= 2}
         reason = _reason_to_stay(module)
@@ -150,8 +164,14 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         weight = matrices["weight"]
         shape = (weight.shape[0], weight.shape[1])
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
-        found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
+        nonzero, on_gpu = int(torch.count_nonzero(weight)), _on_gpu(weight)
+        two_of_four = on_gpu and 2 * nonzero <= weight.numel() and semi_structured.is_two_of_four(weight)
+        found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, weight.device, on_gpu, two_of_four))
     return found, _fold(untouched)
+
+
+def _on_gpu(weight: torch.Tensor) -> bool:
+    return weight.is_cuda
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:
@@ -159,7 +179,7 @@ def _reason_to_stay(module: nn.Module) -> str | None:
         return f"stays as it is: only nn.Linear is replaced, and it is a {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
         return "stays as it is: it has forward hooks"
-    if module.weight.device.type != "cpu":
+    if module.weight.device.type not in ("cpu", "cuda"):
         return f"stays as it is: there are no kernels for {module.weight.device.type}"
     if 0 in module.weight.shape:
         return "stays as it is: it has no weights"
@@ -183,30 +203,44 @@ def _obstacle(members: Sequence[_Candidate]) -> str | None:
     return next((member.obstacle for member in members if member.obstacle), None)
 
 
-def _fastest(
-    model: nn.Module, members: Sequence[_Candidate], batch_size: int
-) -> tuple[str, str | None, dict[str, float]]:
-    (rows, columns), dtype, obstacle = members[0].shape, members[0].dtype, _obstacle(members)
+def _ways(members: Sequence[_Candidate], batch_size: int) -> tuple[list[str], str | None]:
+    """The forms to time, and what keeps layers from having others, if that is for the report."""
+    first, obstacle = members[0], _obstacle(members)
+    ways = ["torch"]
+    if first.gpu:
+        obstacles = {"sparse": obstacle or gpu.MISSING}
+        if first.two_of_four and not first.tied:
+            obstacles["2:4"] = semi_structured.obstacle(first.shape, first.dtype, first.device)
+        reasons = [f"{way} not timed: {why}" for way, why in obstacles.items() if why is not None]
+        return ways + [way for way, why in obstacles.items() if why is None], "; ".join(reasons) or None
     if not kernels.compiled():
-        return "torch", "not timed: there are no compiled kernels", {}
-    if dtype not in kernels.MULTIPLIED:
-        return "torch", f"not timed: there are no kernels for {dtype}", {}
+        return ways, "not timed: there are no compiled kernels"
+    if first.dtype not in kernels.MULTIPLIED:
+        return ways, f"not timed: there are no kernels for {first.dtype}"
     if batch_size > 1 and obstacle is not None:
-        return "torch", f"not timed: {obstacle}", {}
+        return ways, f"not timed: {obstacle}"
+    ways += ["dense"] if batch_size == 1 else []
+    ways += ["sparse"] if obstacle is None else []
+    return ways, None
 
-    num_layers = max(1, SAMPLE_BYTES // (rows * columns * dtype.itemsize))
+
+def _fastest(
+    model: nn.Module, members: Sequence[_Candidate], batch_size: int, cuda_graphs: bool
+) -> tuple[str, str | None, dict[str, float]]:
+    first = members[0]
+    rows, columns = first.shape
+    ways, reason = _ways(members, batch_size)
+    if ways == ["torch"]:
+        return "torch", reason, {}
+    num_layers = max(1, SAMPLE_BYTES // (rows * columns * first.dtype.itemsize))
     sample = [_linear(model, member.name) for member in members[:num_layers]]
-    ways: dict[str, Sequence[nn.Module]] = {"torch": sample}
-    if batch_size == 1:
-        ways["dense"] = [DenseLinear.from_linear(layer) for layer in sample]
-    if obstacle is None:
-        ways["sparse"] = [SparseLinear.from_linear(layer) for layer in sample]
-    times = _times(ways, torch.randn(batch_size, columns).to(dtype))
+    x = torch.randn(batch_size, columns).to(first.device, first.dtype)
+    times = _times({way: [_FORMS[way](layer) for layer in sample] for way in ways}, x, cuda_graphs and first.gpu)
     choice = "torch"
     for way in ways:
         if times[way] < MARGIN * times[choice]:
             choice = way
-    return choice, None, times
+    return choice, reason, times
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -215,34 +249,65 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor) -> dict[str, float]:
+def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
     """Microseconds of one layer in each of its forms, measured in turn; medians."""
-    eviction = torch.zeros(EVICTION_BYTES // 8, dtype=torch.int64)
+    eviction = torch.zeros(EVICTION_BYTES // 8, dtype=torch.int64, device=x.device)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     begin = time.perf_counter()
     with torch.inference_mode():
+        runs = {way: [_recorded(layers, x)] if cuda_graphs else layers for way, layers in ways.items()}
         for turn in itertools.count():
             if turn >= LEAST_ROUNDS and (turn >= MOST_ROUNDS or time.perf_counter() - begin > SECONDS):
                 break
             names = list(ways)
             for way in names[turn % len(names) :] + names[: turn % len(names)]:
                 eviction.sum()
-                seconds[way].append(_seconds(ways[way], x))
+                seconds[way].append(_seconds(runs[way], x))
     return {way: 1e6 * statistics.median(taken) / len(ways[way]) for way, taken in seconds.items()}
 
 
-def _seconds(layers: Sequence[nn.Module], x: torch.Tensor) -> float:
+def _recorded(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Runs all layers as one CUDA graph."""
+    with torch.cuda.device(x.device):
+        before, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        before.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(before):  # what is compiled or set up in the first calls cannot be recorded
+            _seconds(layers, x)
+        with torch.cuda.graph(graph):
+            for layer in layers:
+                layer(x)
+    return lambda _: graph.replay()
+
+
+def _seconds(layers: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor) -> float:
+    _wait(x.device)
     start = time.perf_counter()
     for layer in layers:
         layer(x)
+    _wait(x.device)
     return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 _FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torch": lambda layer: layer,
     "dense": DenseLinear.from_linear,
     "sparse": SparseLinear.from_linear,
+    "2:4": SemiStructuredLinear.from_linear,
 }
+
+
+def _bytes(layer: nn.Module) -> int:
+    """What a weight takes."""
+    if isinstance(layer, SparseLinear):
+        return layer.tiles.nbytes
+    assert isinstance(layer, nn.Linear)
+    return layer.nbytes if isinstance(layer, SemiStructuredLinear) else layer.weight.nbytes
 
 
 def _replace(
@@ -253,7 +318,7 @@ def _replace(
     now = 0
     for member in members:
         layer = _FORMS[choice](_linear(model, member.name))
-        now += layer.tiles.nbytes if isinstance(layer, SparseLinear) else member.numel * first.dtype.itemsize
+        now += _bytes(layer)
         parent, _, name = member.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return LayerChoice(
