@@ -26,8 +26,9 @@ PREFERENCES = ("speed", "memory")
 MARGIN = 0.98
 # Layers of one kind are measured in turn, up to so many bytes: more than the cache holds, as in the whole model.
 SAMPLE_BYTES = 2**28
-# What is read before each measurement, so that no weight is in the cache because the last one left it there.
-EVICTION_BYTES = 2**26
+# What is read before each measurement, so that no weight is in the cache because the last one left it there. On a GPU
+# it takes longer than the launch of a graph, which is then not measured.
+EVICTION_BYTES = {"cpu": 2**26, "cuda": 2**28}
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
@@ -251,7 +252,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
     """Microseconds of one layer in each of its forms, measured in turn; medians."""
-    eviction = torch.zeros(EVICTION_BYTES // 8, dtype=torch.int64, device=x.device)
+    eviction = torch.zeros(EVICTION_BYTES[x.device.type] // 8, dtype=torch.int64, device=x.device)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     begin = time.perf_counter()
     with torch.inference_mode():
@@ -262,6 +263,8 @@ def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: b
             names = list(ways)
             for way in names[turn % len(names) :] + names[: turn % len(names)]:
                 eviction.sum()
+                if x.is_cuda and not cuda_graphs:
+                    torch.cuda.synchronize(x.device)
                 seconds[way].append(_seconds(runs[way], x))
     return {way: 1e6 * statistics.median(taken) / len(ways[way]) for way, taken in seconds.items()}
 
@@ -269,10 +272,12 @@ def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: b
 def _recorded(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[torch.Tensor], None]:
     """Runs all layers as one CUDA graph."""
     with torch.cuda.device(x.device):
-        before, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        before.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(before):  # what is compiled or set up in the first calls cannot be recorded
-            _seconds(layers, x)
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for layer in layers:  # what is compiled or set up by the first calls cannot be recorded
+                layer(x)
+        torch.cuda.current_stream().wait_stream(aside)
         with torch.cuda.graph(graph):
             for layer in layers:
                 layer(x)
@@ -280,18 +285,19 @@ def _recorded(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[torch.T
 
 
 def _seconds(layers: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor) -> float:
-    _wait(x.device)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for layer in layers:
+                layer(x)
+            last.record()
+            last.synchronize()
+        return first.elapsed_time(last) / 1e3
     start = time.perf_counter()
     for layer in layers:
         layer(x)
-    _wait(x.device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    """Until a GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 _FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
