@@ -67,8 +67,8 @@ def _quantized_linear(
 ) -> torch.Tensor:
     """`F.linear` with the weight whose `QuantizedTiles` these are; `x` is `[..., columns]` of any type that they have.
 
-    For a few tokens, weights are scale * (code - zero), which is not rounded to the type of `x`, and inputs are rounded
-    to 2^-22 of the largest of 128, or less: the sum is at least as exact as that of the rounded weights in float32.
+    For a few tokens, weights are scale * (code - zero), not rounded to the type of `x`, and inputs are rounded to
+    2^-22 of the largest of 128, or less.
     """
     shape = (rows, columns)
     quantized.check_parts(shape, masks, codes, offsets, grids)

@@ -19,8 +19,8 @@ PADDING = 64  # codes after the last one that a kernel may read
 class QuantizedTiles:
     """The non-zero weights of a matrix `[rows, columns]` on a grid, in tiles of 8 rows and 128 columns.
 
-    As `Tiles`, with codes for values, and a grid for each row of a tile: a weight is scale * (code - zero). Half of the
-    weights of a bfloat16 matrix take 0.33 of its bytes.
+    As `Tiles`, with codes for values, and a grid for each row of a tile: a weight is scale * (code - zero). Half of
+    the weights of a bfloat16 matrix take 0.33 of its bytes.
 
     Attributes:
         shape: `(rows, columns)`.
@@ -97,9 +97,7 @@ class QuantizedTiles:
 
     def unpack(self) -> torch.Tensor:
         """The dense weight `[rows, columns]`, equal to the one packed."""
-        return unpack(
-            self.shape, self.masks, self.codes, self.offsets, self.grids, self.like.new_empty(self.shape)
-        )
+        return unpack(self.shape, self.masks, self.codes, self.offsets, self.grids, self.like.new_empty(self.shape))
 
 
 def obstacle(shape: torch.Size | tuple[int, ...], grid: Grid) -> str | None:

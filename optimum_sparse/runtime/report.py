@@ -7,7 +7,7 @@ from typing import Any
 
 from ..tables import text_table
 
-WAYS = ("torch", "dense", "sparse")
+WAYS = ("torch", "dense", "sparse", "int8")
 HEADINGS = ("layers", "count", "shape", "zeros", "now", *(f"µs {way}" for way in WAYS), "bytes")
 
 
@@ -21,8 +21,9 @@ class LayerChoice:
         shape: `(out_features, in_features)`.
         dtype: Of the weights.
         sparsity: The part of their weights that is zero.
-        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`) or `"sparse"` (`SparseLinear`).
-        reason: Why, if nothing was measured.
+        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`), `"sparse"` (`SparseLinear`) or `"int8"`
+            (a quantised `SparseLinear`).
+        reason: Why, if nothing was measured; or why `"int8"` was not, in a quantised model.
         microseconds: Of each way that was measured, for one layer and the batch size asked for.
         dense_bytes: What their weights took.
         bytes: What they take now.

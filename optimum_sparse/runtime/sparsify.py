@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..metadata import fold_names
-from . import kernels
+from ..quantization import Grid
+from . import kernels, quantized
+from .grids import find_grids
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
 
@@ -30,13 +33,19 @@ EVICTION_BYTES = 2**26
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
-def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = "speed") -> RuntimeReport:
+def sparsify_for_inference(
+    model: nn.Module,
+    batch_size: int = 1,
+    prefer: str = "speed",
+    grids: Mapping[str, Grid] | str | os.PathLike | None = None,
+) -> RuntimeReport:
     """Replace the linear layers of a pruned model, in place, by faster or smaller ones.
 
     With `prefer="speed"`, layers of each shape, type and sparsity are timed in the forms that they can have, in turn,
     with `batch_size` tokens, and keep the fastest: as they are; `DenseLinear`, which is faster for a single token; or
-    `SparseLinear`, which stores and reads the non-zero weights only. Ties stay as they are. With `prefer="memory"`,
-    all layers that become smaller are packed, and nothing is timed.
+    `SparseLinear`, which stores and reads the non-zero weights only, and in a quantised model a byte for each of them
+    (in the report: `int8`). Ties stay as they are. With `prefer="memory"`, all layers that become smaller are packed,
+    and nothing is timed.
 
     The model computes the same, to the rounding of its type. It generates, compiles and saves as before (a saved
     model is dense), but the weights of sparse layers cannot be trained. The kernels are used where no gradient is
@@ -46,12 +55,15 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         model: Any module with `nn.Linear` layers, on the CPU. Layers of other classes stay as they are.
         batch_size: How many tokens the model will process at once: the batch size of `generate`.
         prefer: `"speed"` or `"memory"`.
+        grids: What the weights of a quantised model were rounded to: `SparsePruner.grids`, or the folder or file that
+            `SparsePruner.save` wrote. By default those of the checkpoint that the model was loaded from.
 
     Returns:
         What became of each layer, and the measurements.
 
     Raises:
-        ValueError: An argument is out of range.
+        FileNotFoundError: `grids` names a folder or file without grids.
+        ValueError: An argument is out of range, or the file of the grids is damaged.
         TypeError: `model` is no module, or is itself an `nn.Linear`.
     """
     if not isinstance(model, nn.Module):
@@ -65,7 +77,7 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
-    candidates, untouched = _candidates(model)
+    candidates, untouched = _candidates(model, *find_grids(model, grids))
     kinds: dict[tuple, list[_Candidate]] = {}
     for candidate in candidates:
         kinds.setdefault(candidate.kind, []).append(candidate)
@@ -76,7 +88,7 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         else:
             choice, reason, times = _fastest(model, members, batch_size)
         layers.append(_replace(model, members, choice, reason, times))
-    if any(layer.choice == "sparse" for layer in layers):
+    if any(layer.choice in ("sparse", "int8") for layer in layers):
         _copy_what_stays(model)
     release_memory()
     return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
@@ -107,6 +119,8 @@ class _Candidate:
     bias: bool
     tied: bool
     nonzero: int
+    grid: Grid | None  # with which its values are packed as codes
+    no_grid: str | None  # why not, although the model is quantised
 
     @property
     def numel(self) -> int:
@@ -119,7 +133,8 @@ class _Candidate:
     @property
     def kind(self) -> tuple:
         """What its time depends on."""
-        return (self.shape, self.dtype, self.bias, self.tied, round(20 * self.sparsity))
+        sparsity = round(20 * self.sparsity)
+        return (self.shape, self.dtype, self.bias, self.tied, sparsity, self.grid is None, self.no_grid)
 
     @property
     def obstacle(self) -> str | None:
@@ -134,7 +149,9 @@ class _Candidate:
         return None
 
 
-def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
+def _candidates(
+    model: nn.Module, grids: Mapping[str, Grid], missing: str | None
+) -> tuple[list[_Candidate], dict[str, str]]:
     """The layers to look at, and why all others with a matrix are left alone; embeddings are no products."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: list[_Candidate] = []
@@ -150,8 +167,26 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         weight = matrices["weight"]
         shape = (weight.shape[0], weight.shape[1])
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
-        found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
+        grid = None if tied else grids.get(name)
+        reason = missing if grid is None else _why_not_codes(weight.detach(), grid)
+        grid = grid if reason is None else None
+        nonzero = int(torch.count_nonzero(weight))
+        found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, grid, reason))
     return found, _fold(untouched)
+
+
+def _why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
+    """Why the values of a weight cannot be packed as codes."""
+    if weight.dtype not in kernels.MULTIPLIED:
+        return f"there are no kernels for codes in {weight.dtype}"
+    reason = quantized.obstacle(weight.shape, grid)
+    if reason is not None:
+        return reason
+    try:
+        grid.codes(weight)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:
@@ -175,8 +210,14 @@ def _fold(reasons: dict[str, str]) -> dict[str, str]:
 
 
 def _smallest(members: Sequence[_Candidate]) -> tuple[str, str | None, dict[str, float]]:
+    if members[0].grid is not None:
+        return "int8", None, {}
     obstacle = _obstacle(members)
-    return ("sparse", None, {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+    return ("sparse", _no_codes(members[0]), {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+
+
+def _no_codes(first: _Candidate) -> str | None:
+    return None if first.no_grid is None else f"not as int8: {first.no_grid}"
 
 
 def _obstacle(members: Sequence[_Candidate]) -> str | None:
@@ -191,22 +232,22 @@ def _fastest(
         return "torch", "not timed: there are no compiled kernels", {}
     if dtype not in kernels.MULTIPLIED:
         return "torch", f"not timed: there are no kernels for {dtype}", {}
-    if batch_size > 1 and obstacle is not None:
+    names = ["torch"]
+    names += ["dense"] if batch_size == 1 else []
+    names += ["sparse"] if obstacle is None else []
+    names += ["int8"] if members[0].grid is not None else []
+    if names == ["torch"]:
         return "torch", f"not timed: {obstacle}", {}
 
     num_layers = max(1, SAMPLE_BYTES // (rows * columns * dtype.itemsize))
-    sample = [_linear(model, member.name) for member in members[:num_layers]]
-    ways: dict[str, Sequence[nn.Module]] = {"torch": sample}
-    if batch_size == 1:
-        ways["dense"] = [DenseLinear.from_linear(layer) for layer in sample]
-    if obstacle is None:
-        ways["sparse"] = [SparseLinear.from_linear(layer) for layer in sample]
+    sample = members[:num_layers]
+    ways = {name: [_form(name, _linear(model, member.name), member.grid) for member in sample] for name in names}
     times = _times(ways, torch.randn(batch_size, columns).to(dtype))
     choice = "torch"
     for way in ways:
         if times[way] < MARGIN * times[choice]:
             choice = way
-    return choice, None, times
+    return choice, _no_codes(members[0]), times
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -215,7 +256,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor) -> dict[str, float]:
+def _times(ways: Mapping[str, Sequence[nn.Module]], x: torch.Tensor) -> dict[str, float]:
     """Microseconds of one layer in each of its forms, measured in turn; medians."""
     eviction = torch.zeros(EVICTION_BYTES // 8, dtype=torch.int64)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -238,11 +279,13 @@ def _seconds(layers: Sequence[nn.Module], x: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-_FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "torch": lambda layer: layer,
-    "dense": DenseLinear.from_linear,
-    "sparse": SparseLinear.from_linear,
-}
+def _form(way: str, layer: nn.Linear, grid: Grid | None) -> nn.Module:
+    """A layer in one of its forms."""
+    if way == "torch":
+        return layer
+    if way == "dense":
+        return DenseLinear.from_linear(layer)
+    return SparseLinear.from_linear(layer, grid if way == "int8" else None)
 
 
 def _replace(
@@ -252,7 +295,7 @@ def _replace(
     first, numel = members[0], sum(member.numel for member in members)
     now = 0
     for member in members:
-        layer = _FORMS[choice](_linear(model, member.name))
+        layer = _form(choice, _linear(model, member.name), member.grid)
         now += layer.tiles.nbytes if isinstance(layer, SparseLinear) else member.numel * first.dtype.itemsize
         parent, _, name = member.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
