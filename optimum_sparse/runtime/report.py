@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tables import text_table
 
-WAYS = ("torch", "dense", "sparse", "2:4")
+WAYS = ("torch", "dense", "sparse", "int8", "2:4")
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class LayerChoice:
         shape: `(out_features, in_features)`.
         dtype: Of the weights.
         sparsity: The part of their weights that is zero.
-        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`), `"sparse"` (`SparseLinear`) or `"2:4"`
-            (`SemiStructuredLinear`).
-        reason: Why, if nothing was measured; on GPUs also why one of the forms was not.
+        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`), `"sparse"` (`SparseLinear`), `"int8"` (a
+            quantised `SparseLinear`) or `"2:4"` (`SemiStructuredLinear`).
+        reason: Why, if nothing was measured; why `"int8"` was not, in a quantised model; on GPUs why a form was not.
         microseconds: Of each way that was measured, for one layer and the batch size asked for.
         dense_bytes: What their weights took.
         bytes: What they take now.

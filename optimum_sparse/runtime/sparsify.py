@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..metadata import fold_names
-from . import gpu, kernels, semi_structured
+from ..quantization import Grid
+from . import gpu, kernels, quantized, semi_structured
+from .grids import find_grids
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
 from .semi_structured import SemiStructuredLinear
@@ -33,15 +36,20 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
 def sparsify_for_inference(
-    model: nn.Module, batch_size: int = 1, prefer: str = "speed", cuda_graphs: bool = False
+    model: nn.Module,
+    batch_size: int = 1,
+    prefer: str = "speed",
+    grids: Mapping[str, Grid] | str | os.PathLike | None = None,
+    cuda_graphs: bool = False,
 ) -> RuntimeReport:
     """Replace the linear layers of a pruned model, in place, by faster or smaller ones.
 
     With `prefer="speed"`, layers of each shape, type and sparsity are timed in the forms that they can have, in turn,
     with `batch_size` tokens, and keep the fastest: as they are; `DenseLinear`, which is faster for a single token; or
-    `SparseLinear`, which stores and reads the non-zero weights only. On a GPU there is no `DenseLinear`, and matrices
-    that are 2:4 may become `SemiStructuredLinear`, if the units of the GPU take them. Ties stay as they are. With
-    `prefer="memory"`, all layers that become smaller are packed as `SparseLinear`, and nothing is timed.
+    `SparseLinear`, which stores and reads the non-zero weights only, and in a quantised model a byte for each of them
+    (in the report: `int8`). On a GPU there are no `DenseLinear` and no bytes, and matrices that are 2:4 may become
+    `SemiStructuredLinear`, if the units of the GPU take them. Ties stay as they are. With `prefer="memory"`, all
+    layers that become smaller are packed as `SparseLinear`, and nothing is timed.
 
     The model computes the same, to the rounding of its type. It generates, compiles and saves as before (a saved
     model is dense), but the weights of sparse layers cannot be trained. The kernels are used where no gradient is
@@ -52,6 +60,8 @@ def sparsify_for_inference(
         batch_size: How many tokens the model will process at once: the batch size of `generate`. If prompts are what
             matters, their tokens in all.
         prefer: `"speed"` or `"memory"`.
+        grids: What the weights of a quantised model were rounded to: `SparsePruner.grids`, or the folder or file that
+            `SparsePruner.save` wrote. By default those of the checkpoint that the model was loaded from.
         cuda_graphs: Whether the model will run as CUDA graphs (`torch.compile(mode="reduce-overhead")`, or a static
             cache in `generate`), and layers on GPUs are timed so. Else the times have what it takes the host to call
             them, which for few tokens is longer than what the GPU takes.
@@ -60,7 +70,8 @@ def sparsify_for_inference(
         What became of each layer, and the measurements.
 
     Raises:
-        ValueError: An argument is out of range.
+        FileNotFoundError: `grids` names a folder or file without grids.
+        ValueError: An argument is out of range, or the file of the grids is damaged.
         TypeError: `model` is no module, or is itself an `nn.Linear`.
     """
     if not isinstance(model, nn.Module):
@@ -74,7 +85,7 @@ def sparsify_for_inference(
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
-    candidates, untouched = _candidates(model)
+    candidates, untouched = _candidates(model, *find_grids(model, grids))
     kinds: dict[tuple, list[_Candidate]] = {}
     for candidate in candidates:
         kinds.setdefault(candidate.kind, []).append(candidate)
@@ -85,7 +96,7 @@ def sparsify_for_inference(
         else:
             choice, reason, times = _fastest(model, members, batch_size, cuda_graphs)
         layers.append(_replace(model, members, choice, reason, times))
-    if any(layer.choice == "sparse" for layer in layers):
+    if any(layer.choice in ("sparse", "int8") for layer in layers):
         _copy_what_stays(model)
     release_memory()
     on_gpu = any(candidate.gpu for candidate in candidates)
@@ -121,6 +132,8 @@ class _Candidate:
     device: torch.device
     gpu: bool
     two_of_four: bool
+    grid: Grid | None  # with which its values are packed as codes
+    no_grid: str | None  # why not, although the model is quantised
 
     @property
     def numel(self) -> int:
@@ -134,7 +147,10 @@ class _Candidate:
     def kind(self) -> tuple:
         """What its time depends on."""
         sparsity = round(20 * self.sparsity)
-        return (self.shape, self.dtype, self.bias, self.tied, sparsity, self.device, self.two_of_four)
+        return (
+            *(self.shape, self.dtype, self.bias, self.tied, sparsity),
+            *(self.device, self.two_of_four, self.grid is None, self.no_grid),
+        )
 
     @property
     def obstacle(self) -> str | None:
@@ -149,7 +165,9 @@ class _Candidate:
         return None
 
 
-def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
+def _candidates(
+    model: nn.Module, grids: Mapping[str, Grid], missing: str | None
+) -> tuple[list[_Candidate], dict[str, str]]:
     """The layers to look at, and why all others with a matrix are left alone; embeddings are no products."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: list[_Candidate] = []
@@ -167,12 +185,32 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
         nonzero, on_gpu = int(torch.count_nonzero(weight)), _on_gpu(weight)
         two_of_four = on_gpu and 2 * nonzero <= weight.numel() and semi_structured.is_two_of_four(weight)
-        found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, weight.device, on_gpu, two_of_four))
+        where = (weight.device, on_gpu, two_of_four)
+        grid = None if tied else grids.get(name)
+        reason = missing if grid is None else _why_not_codes(weight.detach(), grid)
+        grid = grid if reason is None else None
+        found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, *where, grid, reason))
     return found, _fold(untouched)
 
 
 def _on_gpu(weight: torch.Tensor) -> bool:
     return weight.is_cuda
+
+
+def _why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
+    """Why the values of a weight cannot be packed as codes."""
+    if _on_gpu(weight):
+        return "there are no kernels for codes on a GPU"
+    if weight.dtype not in kernels.MULTIPLIED:
+        return f"there are no kernels for codes in {weight.dtype}"
+    reason = quantized.obstacle(weight.shape, grid)
+    if reason is not None:
+        return reason
+    try:
+        grid.codes(weight)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:
@@ -196,8 +234,14 @@ def _fold(reasons: dict[str, str]) -> dict[str, str]:
 
 
 def _smallest(members: Sequence[_Candidate]) -> tuple[str, str | None, dict[str, float]]:
+    if members[0].grid is not None:
+        return "int8", None, {}
     obstacle = _obstacle(members)
-    return ("sparse", None, {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+    return ("sparse", _no_codes(members[0]), {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+
+
+def _no_codes(first: _Candidate) -> str | None:
+    return None if first.no_grid is None else f"not as int8: {first.no_grid}"
 
 
 def _obstacle(members: Sequence[_Candidate]) -> str | None:
@@ -213,16 +257,16 @@ def _ways(members: Sequence[_Candidate], batch_size: int) -> tuple[list[str], st
         if first.two_of_four and not first.tied:
             obstacles["2:4"] = semi_structured.obstacle(first.shape, first.dtype, first.device)
         reasons = [f"{way} not timed: {why}" for way, why in obstacles.items() if why is not None]
+        reasons += [reason] if (reason := _no_codes(first)) else []
         return ways + [way for way, why in obstacles.items() if why is None], "; ".join(reasons) or None
     if not kernels.compiled():
         return ways, "not timed: there are no compiled kernels"
     if first.dtype not in kernels.MULTIPLIED:
         return ways, f"not timed: there are no kernels for {first.dtype}"
-    if batch_size > 1 and obstacle is not None:
-        return ways, f"not timed: {obstacle}"
     ways += ["dense"] if batch_size == 1 else []
     ways += ["sparse"] if obstacle is None else []
-    return ways, None
+    ways += ["int8"] if first.grid is not None else []
+    return ways, f"not timed: {obstacle}" if ways == ["torch"] else _no_codes(first)
 
 
 def _fastest(
@@ -234,9 +278,10 @@ def _fastest(
     if ways == ["torch"]:
         return "torch", reason, {}
     num_layers = max(1, SAMPLE_BYTES // (rows * columns * first.dtype.itemsize))
-    sample = [_linear(model, member.name) for member in members[:num_layers]]
+    sample = members[:num_layers]
+    forms = {way: [_form(way, _linear(model, member.name), member.grid) for member in sample] for way in ways}
     x = torch.randn(batch_size, columns).to(first.device, first.dtype)
-    times = _times({way: [_FORMS[way](layer) for layer in sample] for way in ways}, x, cuda_graphs and first.gpu)
+    times = _times(forms, x, cuda_graphs and first.gpu)
     choice = "torch"
     for way in ways:
         if times[way] < MARGIN * times[choice]:
@@ -250,7 +295,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
+def _times(ways: Mapping[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
     """Microseconds of one layer in each of its forms, measured in turn; medians."""
     eviction = torch.zeros(EVICTION_BYTES[x.device.type] // 8, dtype=torch.int64, device=x.device)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -300,12 +345,15 @@ def _seconds(layers: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor
     return time.perf_counter() - start
 
 
-_FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "torch": lambda layer: layer,
-    "dense": DenseLinear.from_linear,
-    "sparse": SparseLinear.from_linear,
-    "2:4": SemiStructuredLinear.from_linear,
-}
+def _form(way: str, layer: nn.Linear, grid: Grid | None) -> nn.Module:
+    """A layer in one of its forms."""
+    if way == "torch":
+        return layer
+    if way == "dense":
+        return DenseLinear.from_linear(layer)
+    if way == "2:4":
+        return SemiStructuredLinear.from_linear(layer)
+    return SparseLinear.from_linear(layer, grid if way == "int8" else None)
 
 
 def _bytes(layer: nn.Module) -> int:
@@ -323,7 +371,7 @@ def _replace(
     first, numel = members[0], sum(member.numel for member in members)
     now = 0
     for member in members:
-        layer = _FORMS[choice](_linear(model, member.name))
+        layer = _form(choice, _linear(model, member.name), member.grid)
         now += _bytes(layer)
         parent, _, name = member.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
