@@ -140,6 +140,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             # Between two chunks, what is exchanged are masks and positions, never weights.
             exchanged = re.findall(r"convert_layout .* : tensor<8x\\d+x\\d+x", kernel.asm["ttgir"])
             assert kernel is several or not exchanged, exchanged
+ones = dict.fromkeys(["tokens", "rows", "columns", "tiles"], 1)  # of which Triton makes constants
+assert compile(gpu._multiply, values, 90, gpu.SINGLE, TOKENS=1, BIAS=True, **ones).asm["cubin"]
+assert compile(gpu._unpack, values, 90, gpu.UNPACK, **ones).asm["cubin"]
 print("done")
 """
 
