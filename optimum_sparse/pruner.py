@@ -50,6 +50,7 @@ class SparsePruner:
     Attributes:
         config: The `SparseConfig`.
         report: The `SparsityReport` of the last `prune`, `None` before.
+        grids: What it rounded the weights to, by the names of the matrices, if the configuration quantises.
 
     Raises:
         ValueError: An option is unknown or out of range.
@@ -68,7 +69,7 @@ class SparsePruner:
         self.config = config
         self.progress = progress
         self.report: SparsityReport | None = None
-        self._grids: dict[str, Grid] = {}
+        self.grids: dict[str, Grid] = {}
 
     def prune(
         self,
@@ -140,7 +141,7 @@ class SparsePruner:
             depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
             with depth.watching():
                 matrices = run.prune()
-            self._grids = run.grids
+            self.grids = run.grids
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
             report.peak_memory = peak_memory()
@@ -186,7 +187,7 @@ class SparsePruner:
         if not Processes().is_main:
             return
         check_target(model, directory)
-        model.config.sparsity_config = metadata.recount(model, self._metadata(model), self._grids)
+        model.config.sparsity_config = metadata.recount(model, self._metadata(model), self.grids)
         with replace_folder(directory) as folder, savable(model):
             if compressed:
                 with tempfile.TemporaryDirectory(dir=folder) as dense:
@@ -197,7 +198,7 @@ class SparsePruner:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if "quantization" in model.config.sparsity_config:
-                write_grids(folder / GRIDS_FILE, self._grids)
+                write_grids(folder / GRIDS_FILE, self.grids)
             if self.report is not None:
                 self.report.sizes = {
                     "dense": sum(p.numel() * p.element_size() for p in model.parameters()),

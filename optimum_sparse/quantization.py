@@ -55,10 +55,13 @@ class Grid:
         """
         scale, zero = self._of_inputs(weight.shape[1])
         # The nearest code gives the same value back: it is no farther away than the one that the weight was made from.
+        # But not always if that is a power of two, below which numbers are twice as dense as above.
         codes = _codes(weight.float(), scale, zero, self.bits)
-        off = int(((scale * (codes - zero)).to(weight.dtype) != weight).sum())
-        if off:
-            raise ValueError(f"{off} of {weight.numel()} weights are not on the grid of {self.bits} bits")
+        off = (scale * (codes - zero)).to(weight.dtype) != weight
+        codes = torch.where(off, codes + weight.sign(), codes).clamp_(0, 2**self.bits - 1)
+        wrong = int(((scale * (codes - zero)).to(weight.dtype) != weight).sum())
+        if wrong:
+            raise ValueError(f"{wrong} of {weight.numel()} weights are not on the grid of {self.bits} bits")
         return codes.to(torch.uint8)
 
     def to(self, device: torch.device | str) -> Self:

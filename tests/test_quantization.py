@@ -99,6 +99,15 @@ def test_codes_give_the_weights_back(quantization: str, dtype: torch.dtype):
     assert torch.equal(grid.values(codes).to(dtype), weight)
 
 
+@pytest.mark.parametrize("zero", [0, 100, 128, 255])
+def test_codes_of_all_weights_that_there_are_in_bfloat16(zero: int):
+    """Every mantissa that a scale can have, and every code; two scales that are powers of two apart are alike."""
+    scale = (1 + torch.arange(128) / 128).bfloat16()[:, None]
+    grid = Grid(scale, torch.full((128, 1), zero, dtype=torch.uint8), 8, -1)
+    weight = (scale.float() * (torch.arange(256) - zero)).bfloat16()
+    assert torch.equal(grid.values(grid.codes(weight)).bfloat16(), weight)
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e-5, 3e-6, 1e-6, 1e-7])
 def test_codes_of_weights_that_are_small_for_half_precision(factor: float):
     """Near the smallest numbers of float16, 2^-24 apart, several codes have the same value."""

@@ -56,6 +56,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("runtime/sparsify.py", ("sparsify_for_inference",)),
             ("runtime/report.py", ("RuntimeReport", "LayerChoice")),
             ("runtime/linear.py", ("SparseLinear", "DenseLinear")),
+            ("runtime/semi_structured.py", ("SemiStructuredLinear",)),
             ("runtime/tiles.py", ("Tiles",)),
             ("runtime/bench.py", ("bench",)),
         ],

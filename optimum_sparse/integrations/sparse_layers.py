@@ -107,8 +107,7 @@ def _packed_layers(model: nn.Module) -> list[LayerChoice]:
     """The `SparseLinear` layers of a model, those of one shape, type and, within 5 %, sparsity together."""
     kinds: dict[tuple[object, ...], dict[str, Tiles]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            tiles = module.tiles
+        if isinstance(module, SparseLinear) and isinstance(tiles := module.tiles, Tiles):
             kind = (tiles.shape, tiles.values.dtype, round(20 * tiles.sparsity))
             kinds.setdefault(kind, {})[name] = tiles
     return [_choice(members) for members in kinds.values()]

@@ -209,9 +209,11 @@ def _generation_times(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: 
     times = []
 
     def look_at_the_clock(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tokens[:, -1].tolist()  # until a GPU has them
         times.append(time.perf_counter() - start)
-        return torch.zeros(len(tokens), dtype=torch.bool)  # no sequence stops here
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)  # no sequence stops here
 
+    prompt = prompt.to(model.device)
     start = time.perf_counter()
     model.generate(
         prompt,

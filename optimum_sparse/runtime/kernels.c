@@ -8,6 +8,7 @@
 #endif
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 
@@ -41,16 +42,28 @@ INLINE uint32_t load32(const uint8_t *mask)
 
 typedef float float8 __attribute__((vector_size(32)));
 
+/* A weight of a quantised matrix: in float32, this product is exact. */
+INLINE float scale_of(uint32_t grid) { return float_of(grid >> 16); }
+
+INLINE int zero_of(uint32_t grid) { return grid & 0xff; }
+
+INLINE float weight_of(uint8_t code, uint32_t grid) { return scale_of(grid) * (code - zero_of(grid)); }
+
+#define FLOAT_OF(value, grid) float_of(value)
+#define SAME(value, grid) (value)
+
 #define DEFINE_PORTABLE_EXPAND(name, value, to_float)                                                                 \
-    INLINE float8 name(const uint8_t *mask, const value *values)                                                      \
+    INLINE float8 name(const uint8_t *mask, const value *values, uint32_t grid)                                       \
     {                                                                                                                 \
+        (void)grid;                                                                                                   \
         float8 weights;                                                                                               \
         for (int i = 0, k = 0; i < 8; k += *mask >> i & 1, i++)                                                       \
-            weights[i] = *mask >> i & 1 ? to_float(values[k]) : 0;                                                    \
+            weights[i] = *mask >> i & 1 ? to_float(values[k], grid) : 0;                                              \
         return weights;                                                                                               \
     }
-DEFINE_PORTABLE_EXPAND(portable_expand_bfloat16, uint16_t, float_of)
-DEFINE_PORTABLE_EXPAND(portable_expand_float32, float, )
+DEFINE_PORTABLE_EXPAND(portable_expand_bfloat16, uint16_t, FLOAT_OF)
+DEFINE_PORTABLE_EXPAND(portable_expand_float32, float, SAME)
+DEFINE_PORTABLE_EXPAND(portable_expand_int8, uint8_t, weight_of)
 
 INLINE float8 portable_load(const float *from)
 {
@@ -106,6 +119,16 @@ INLINE float portable_total(float8 s)
 #undef EXPAND
 #undef WIDEN
 
+#define NAME(function) portable_int8_##function
+#define QUANTIZED
+#define VALUE uint8_t
+#define EXPAND portable_expand_int8
+#include "tiles.h"
+#undef NAME
+#undef QUANTIZED
+#undef VALUE
+#undef EXPAND
+
 #undef TARGET
 #undef INPUT
 #undef LANES
@@ -149,6 +172,13 @@ TARGET INLINE __m256 avx2_widen(const uint16_t *from)
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
+TARGET INLINE __m256 avx2_expand_int8(const uint8_t *mask, const uint8_t *codes, uint32_t grid)
+{
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(zero_of(grid))));
+    return avx2_spread(mask, _mm256_mul_ps(whole, _mm256_set1_ps(scale_of(grid))));
+}
+
 TARGET INLINE float avx2_total(__m256 sums)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
@@ -169,7 +199,7 @@ TARGET INLINE float avx2_total(__m256 sums)
 
 #define NAME(function) avx2_bfloat16_##function
 #define VALUE uint16_t
-#define EXPAND(mask, v) avx2_spread(mask, avx2_widen(v))
+#define EXPAND(mask, v, grid) avx2_spread(mask, avx2_widen(v))
 #define WIDEN avx2_widen
 #include "tiles.h"
 #undef NAME
@@ -179,13 +209,23 @@ TARGET INLINE float avx2_total(__m256 sums)
 
 #define NAME(function) avx2_float32_##function
 #define VALUE float
-#define EXPAND(mask, v) avx2_spread(mask, _mm256_loadu_ps(v))
+#define EXPAND(mask, v, grid) avx2_spread(mask, _mm256_loadu_ps(v))
 #define WIDEN _mm256_loadu_ps
 #include "tiles.h"
 #undef NAME
 #undef VALUE
 #undef EXPAND
 #undef WIDEN
+
+#define NAME(function) avx2_int8_##function
+#define QUANTIZED
+#define VALUE uint8_t
+#define EXPAND avx2_expand_int8
+#include "tiles.h"
+#undef NAME
+#undef QUANTIZED
+#undef VALUE
+#undef EXPAND
 
 #undef TARGET
 #undef INPUT
@@ -222,6 +262,13 @@ TARGET INLINE __m512 avx512_widen(const uint16_t *from)
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+TARGET INLINE __m512 avx512_expand_int8(const uint8_t *mask, const uint8_t *codes, uint32_t grid)
+{
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(zero_of(grid))));
+    return avx512_spread(mask, _mm512_mul_ps(whole, _mm512_set1_ps(scale_of(grid))));
+}
+
 TARGET INLINE int avx512_popcount(const uint8_t *mask)
 {
     uint16_t bits;
@@ -242,7 +289,7 @@ TARGET INLINE int avx512_popcount(const uint8_t *mask)
 
 #define NAME(function) avx512_bfloat16_##function
 #define VALUE uint16_t
-#define EXPAND(mask, v) avx512_spread(mask, avx512_widen(v))
+#define EXPAND(mask, v, grid) avx512_spread(mask, avx512_widen(v))
 #define WIDEN avx512_widen
 #include "tiles.h"
 #undef NAME
@@ -252,13 +299,23 @@ TARGET INLINE int avx512_popcount(const uint8_t *mask)
 
 #define NAME(function) avx512_float32_##function
 #define VALUE float
-#define EXPAND(mask, v) avx512_spread(mask, _mm512_loadu_ps(v))
+#define EXPAND(mask, v, grid) avx512_spread(mask, _mm512_loadu_ps(v))
 #define WIDEN _mm512_loadu_ps
 #include "tiles.h"
 #undef NAME
 #undef VALUE
 #undef EXPAND
 #undef WIDEN
+
+#define NAME(function) avx512_int8_##function
+#define QUANTIZED
+#define VALUE uint8_t
+#define EXPAND avx512_expand_int8
+#include "tiles.h"
+#undef NAME
+#undef QUANTIZED
+#undef VALUE
+#undef EXPAND
 
 #undef TARGET
 #undef INPUT
@@ -273,7 +330,7 @@ TARGET INLINE int avx512_popcount(const uint8_t *mask)
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
 
-TARGET INLINE __m512i avx512_bf16_expand(const uint8_t *mask, const uint16_t *values)
+TARGET INLINE __m512i avx512_bf16_spread(const uint8_t *mask, const uint16_t *values)
 {
     __mmask32 k;
     __m512i weights = _mm512_loadu_si512(values);
@@ -292,9 +349,23 @@ TARGET INLINE __m512i avx512_bf16_expand(const uint8_t *mask, const uint16_t *va
 
 #define NAME(function) avx512_bf16_##function
 #define VALUE uint16_t
-#define EXPAND avx512_bf16_expand
+#define EXPAND(mask, v, grid) avx512_bf16_spread(mask, v)
 #define WIDEN _mm512_loadu_si512
 #include "tiles.h"
+
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512vnni,avx512bf16,popcnt")))
+
+#include "digits.h"
+
+TARGET static void narrow(const float *from, int64_t n, uint16_t *to)
+{
+    for (int64_t j = 0; j < n; j += 16) {
+        const __mmask16 rest = n - j < 16 ? (1 << (n - j)) - 1 : 0xffff;
+        const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, from + j));
+        _mm512_mask_cvtepi32_storeu_epi16(to + j, rest, _mm512_cvtepu16_epi32((__m256i)half));
+    }
+}
 
 /* The tiles of a full block, for `tiles_unpack`; return the next value. */
 TARGET static const uint16_t *unpack_16_bits(const uint8_t *masks, const uint16_t *values, int64_t num_tiles,
@@ -306,7 +377,7 @@ TARGET static const uint16_t *unpack_16_bits(const uint8_t *masks, const uint16_
             __builtin_prefetch((const char *)values + 8192 + line);
         UNROLL for (int row = 0; row < TILE_ROWS; row++) {
             const uint8_t *mask = masks + 4 * row;
-            _mm512_storeu_si512(out + row * columns + tile * TILE_COLUMNS, avx512_bf16_expand(mask, values));
+            _mm512_storeu_si512(out + row * columns + tile * TILE_COLUMNS, avx512_bf16_spread(mask, values));
             values += POPCOUNT(mask);
         }
     }
@@ -347,7 +418,7 @@ int level_supported(enum level level)
         return __builtin_cpu_supports("avx512f");
     case AVX512_BF16:
         return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") &&
-               __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     default:
         break;
     }
@@ -356,26 +427,39 @@ int level_supported(enum level level)
 }
 
 typedef struct {
-    void (*matvec)(const uint8_t *, const void *, const void *, int64_t, float *);
-    void (*matmat)(const uint8_t *, const void *, const void *, int64_t, int64_t, int64_t, void *, float *, float *);
+    void (*matvec)(const uint8_t *, const uint32_t *, const void *, const void *, int64_t, float *);
+    void (*matmat)(const uint8_t *, const uint32_t *, const void *, const void *, int64_t, int64_t, int64_t, void *,
+                   float *, float *);
+    const void *(*expand)(const uint8_t *, const uint32_t *, const void *, int64_t, int64_t, void *);
     float (*dot)(const void *, const void *, int64_t);
-    int input_size; /* bytes: 2 takes bfloat16 as it is, 4 needs float32 */
+    int input_size; /* bytes: 2 takes bfloat16 as it is, 4 needs float32, DIGITS_SIZE needs digits */
 } functions;
 
-#define FUNCTIONS(name, size) {(void *)name##_matvec, (void *)name##_matmat, (void *)name##_dot, size}
+#define FUNCTIONS(name, dot, size)                                                                                    \
+    {(void *)name##_matvec, (void *)name##_matmat, (void *)name##_expand, (void *)dot, size}
+#define LEVEL_FUNCTIONS(level)                                                                                        \
+    FUNCTIONS(level##_bfloat16, level##_bfloat16_dot, 4), FUNCTIONS(level##_float32, level##_float32_dot, 4),         \
+        FUNCTIONS(level##_int8, NULL, 4)
 
-static const functions table[NUM_LEVELS][2] = {
-    {FUNCTIONS(portable_bfloat16, 4), FUNCTIONS(portable_float32, 4)},
+/* For weights of bfloat16 and float32, and for codes. */
+enum { CODES = 2 };
+static const functions table[NUM_LEVELS][3] = {
+    {LEVEL_FUNCTIONS(portable)},
 #if defined(__x86_64__)
-    {FUNCTIONS(avx2_bfloat16, 4), FUNCTIONS(avx2_float32, 4)},
-    {FUNCTIONS(avx512_bfloat16, 4), FUNCTIONS(avx512_float32, 4)},
-    {FUNCTIONS(avx512_bf16, 2), FUNCTIONS(avx512_float32, 4)},
+    {LEVEL_FUNCTIONS(avx2)},
+    {LEVEL_FUNCTIONS(avx512)},
+    {FUNCTIONS(avx512_bf16, avx512_bf16_dot, 2), FUNCTIONS(avx512_float32, avx512_float32_dot, 4),
+     {(void *)digits_matvec, (void *)digits_matmat, (void *)avx512_int8_expand, NULL, DIGITS_SIZE}},
 #endif
 };
 
 INLINE int64_t up_to_multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
 INLINE int value_size(enum type type) { return type == FLOAT32 ? 4 : 2; }
+
+INLINE int stored_size(const tiles *matrix) { return matrix->grids ? 1 : value_size(matrix->type); }
+
+INLINE int tile_columns(const tiles *matrix) { return matrix->grids ? QUANTIZED_COLUMNS : TILE_COLUMNS; }
 
 /* Vectors x[tokens, columns], padded with zeros to `stride`, as the functions take them. */
 static void prepare(const void *x, enum type type, int64_t tokens, int64_t columns, int64_t stride, int input_size,
@@ -392,6 +476,20 @@ static void prepare(const void *x, enum type type, int64_t tokens, int64_t colum
     }
 }
 
+/* Weights as a matrix of this type has them. */
+static void write_row(enum level level, const float *weights, int64_t n, enum type type, void *out)
+{
+    if (type == FLOAT32)
+        memcpy(out, weights, n * sizeof(float));
+#if defined(__x86_64__)
+    else if (level == AVX512_BF16)
+        narrow(weights, n, out);
+#endif
+    else
+        for (int64_t j = 0; j < n; j++)
+            ((uint16_t *)out)[j] = bfloat16_of(weights[j]);
+}
+
 INLINE void write_output(float value, const void *bias, int64_t row, enum type type, void *out, int64_t place)
 {
     if (type == FLOAT32)
@@ -403,11 +501,11 @@ INLINE void write_output(float value, const void *bias, int64_t row, enum type t
 int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t tokens, const void *bias, void *out,
                  int threads)
 {
-    const functions f = table[level][matrix->type];
-    const int size = value_size(matrix->type);
-    const int64_t num_tiles = (matrix->columns + TILE_COLUMNS - 1) / TILE_COLUMNS, stride = num_tiles * TILE_COLUMNS;
+    const functions f = table[level][matrix->grids ? CODES : matrix->type];
+    const int size = stored_size(matrix), width = tile_columns(matrix);
+    const int64_t num_tiles = (matrix->columns + width - 1) / width, stride = num_tiles * width;
     const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
-    const int direct = f.input_size == size && stride == matrix->columns;
+    const int direct = f.input_size == value_size(matrix->type) && stride == matrix->columns;
 
     /* One allocation: the vectors, and for each thread its results, sums and expanded columns. */
     const int64_t inputs = direct ? 0 : up_to_multiple(tokens * stride * f.input_size, 64);
@@ -418,6 +516,15 @@ int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t t
     char *memory = aligned_alloc(64, inputs + threads * scratch);
     if (memory == NULL)
         return -1;
+#if defined(__x86_64__)
+    if (f.input_size == DIGITS_SIZE) {
+        if (!to_digits(x, matrix->type, tokens, matrix->columns, num_tiles, (digits *)memory)) {
+            free(memory); /* infinity and NaN have no digits */
+            return tiles_linear(AVX512, matrix, x, tokens, bias, out, threads);
+        }
+        x = memory;
+    } else
+#endif
     if (!direct) {
         prepare(x, matrix->type, tokens, matrix->columns, stride, f.input_size, memory);
         x = memory;
@@ -428,13 +535,14 @@ int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t t
         char *own = memory + inputs + thread * scratch;
         float *result = (float *)own;
         for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
-            const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+            const uint8_t *masks = matrix->masks + block * num_tiles * width / 8 * TILE_ROWS;
+            const uint32_t *grids = matrix->grids ? matrix->grids + block * num_tiles * TILE_ROWS : NULL;
             const char *values = (const char *)matrix->values + matrix->offsets[block] * size;
             const int64_t first = block * TILE_ROWS, rows = MIN(TILE_ROWS, matrix->rows - first);
             if (tokens == 1)
-                f.matvec(masks, values, x, num_tiles, result);
+                f.matvec(masks, grids, values, x, num_tiles, result);
             else
-                f.matmat(masks, values, x, stride, tokens, num_tiles, own + results + sums, (float *)(own + results),
+                f.matmat(masks, grids, values, x, stride, tokens, num_tiles, own + results + sums, (float *)(own + results),
                          result);
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t row = 0; row < rows; row++)
@@ -520,8 +628,33 @@ INLINE uint32_t bits_of(const uint8_t *mask)
 DEFINE_MOVES(16, uint16_t)
 DEFINE_MOVES(32, uint32_t)
 
+static void unpack_quantized(enum level level, const tiles *matrix, int64_t first, int64_t last, void *out, int threads)
+{
+    const int64_t columns = matrix->columns, num_tiles = (columns + QUANTIZED_COLUMNS - 1) / QUANTIZED_COLUMNS;
+    const int size = value_size(matrix->type);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = first / TILE_ROWS; block < (last + TILE_ROWS - 1) / TILE_ROWS; block++) {
+        const uint8_t *masks = matrix->masks + block * num_tiles * QUANTIZED_COLUMNS / 8 * TILE_ROWS;
+        const uint32_t *grids = matrix->grids + block * num_tiles * TILE_ROWS;
+        const void *codes = (const char *)matrix->values + matrix->offsets[block];
+        char *to = (char *)out + (block * TILE_ROWS - first) * columns * size;
+        const int rows = MIN(TILE_ROWS, last - block * TILE_ROWS);
+        _Alignas(64) float weights[TILE_ROWS * CHUNK];
+        for (int64_t start = 0; start < columns; start += CHUNK) {
+            const int64_t width = MIN(CHUNK, columns - start), stop = start / QUANTIZED_COLUMNS + CHUNK / QUANTIZED_COLUMNS;
+            codes = table[level][CODES].expand(masks, grids, codes, start / QUANTIZED_COLUMNS, MIN(stop, num_tiles), weights);
+            for (int row = 0; row < rows; row++)
+                write_row(level, weights + row * CHUNK, width, matrix->type, to + (row * columns + start) * size);
+        }
+    }
+}
+
 void tiles_unpack(enum level level, const tiles *matrix, int64_t first, int64_t last, void *out, int threads)
 {
+    if (matrix->grids) {
+        unpack_quantized(level, matrix, first, last, out, threads);
+        return;
+    }
     const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     const int size = value_size(matrix->type);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -584,19 +717,21 @@ void tiles_fill(const tiles *matrix, const void *weight, int threads)
 
 int tiles_check(const tiles *matrix, int64_t num_values, int threads)
 {
-    const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    const int words = tile_columns(matrix) / 32;
+    const int64_t columns = matrix->columns, num_tiles = (columns + 32 * words - 1) / (32 * words);
     const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
     int64_t wrong = matrix->offsets[0] != 0 || matrix->offsets[blocks] != num_values;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : wrong)
     for (int64_t block = 0; block < blocks; block++) {
-        const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
+        const uint8_t *masks = matrix->masks + block * num_tiles * 4 * words * TILE_ROWS;
         uint64_t count = 0;
         for (int64_t tile = 0; tile < num_tiles; tile++)
-            for (int row = 0; row < TILE_ROWS; row++, masks += 4) {
-                const int64_t width = block * TILE_ROWS + row < matrix->rows ? columns - tile * TILE_COLUMNS : 0;
+            for (int word = 0; word < TILE_ROWS * words; word++, masks += 4) {
+                const int64_t first = 32 * (tile * words + word % words);
+                const int64_t width = block * TILE_ROWS + word / words < matrix->rows ? columns - first : 0;
                 const uint32_t mask = bits_of(masks);
                 count += __builtin_popcount(mask);
-                wrong += width < TILE_COLUMNS && mask >> width != 0;
+                wrong += width < 32 && mask >> MAX(width, 0) != 0;
             }
         /* Unsigned: the difference of hostile offsets may not fit. */
         wrong += (uint64_t)matrix->offsets[block + 1] - (uint64_t)matrix->offsets[block] != count;

@@ -7,6 +7,11 @@
  *   offsets  for each block of 8 rows, and at the end, how many values stand before it
  * Nothing is read but the masks, the values and the vectors, all in order: memory is as fast as it gets that way.
  *
+ * Of a quantised matrix, the values are codes of 8 bits, and a tile has 128 columns, which share a grid in each row:
+ *   masks    16 bytes for each row of a tile
+ *   grids    for each row of a tile the scale, a bfloat16 number, in the upper 16 bits, and the zero in the lowest 8;
+ *            a weight is scale * (code - zero), rounded to the type when it is unpacked, exact when it is multiplied
+ *
  * Callers check sizes and contents (`tiles_check`); the products do not.
  */
 #ifndef OPTIMUM_SPARSE_KERNELS_H
@@ -14,12 +19,12 @@
 
 #include <stdint.h>
 
-enum { TILE_ROWS = 8, TILE_COLUMNS = 32, VALUE_PADDING = 64 };
+enum { TILE_ROWS = 8, TILE_COLUMNS = 32, QUANTIZED_COLUMNS = 128, VALUE_PADDING = 64 };
 
 /* Sets of instructions, from the one that every machine has to the fastest. */
 enum level { PORTABLE, AVX2, AVX512, AVX512_BF16, NUM_LEVELS };
 
-/* Types of values. Products know the first two; the others are only moved. */
+/* Types of weights. Products know the first two; the others are only moved. */
 enum type { BFLOAT16, FLOAT32, FLOAT16 };
 
 extern const char *const level_names[NUM_LEVELS];
@@ -33,6 +38,7 @@ typedef struct {
     void *values;
     int64_t *offsets;
     enum type type;
+    const uint32_t *grids; /* NULL: not quantised */
 } tiles;
 
 /* out[tokens, rows] = x[tokens, columns] @ matrix.T + bias. All of the same type; bias may be NULL.
@@ -44,13 +50,14 @@ int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t t
 int dense_linear(enum level level, enum type type, const void *weight, int64_t rows, int64_t columns, const void *x,
                  const void *bias, void *out, int threads);
 
-/* out[last - first, columns]: rows first to last of the matrix; both are multiples of TILE_ROWS, or last is all rows. */
+/* out[last - first, columns]: rows first to last of the matrix; both are multiples of TILE_ROWS, or last is all rows.
+ * A quantised matrix is unpacked to the types that products know. */
 void tiles_unpack(enum level level, const tiles *matrix, int64_t first, int64_t last, void *out, int threads);
 
-/* Write the masks and offsets of a dense weight: a value is stored unless all of its bits are zero. */
+/* Write the masks and offsets of a dense weight: a value is stored unless all of its bits are zero. Not quantised. */
 void tiles_mask(const tiles *matrix, const void *weight, int threads);
 
-/* Write the values of a dense weight whose masks and offsets are written. */
+/* Write the values of a dense weight whose masks and offsets are written. Not quantised. */
 void tiles_fill(const tiles *matrix, const void *weight, int threads);
 
 /* Whether masks and offsets belong together, no bit stands outside of the matrix, and num_values are stored. */

@@ -10,51 +10,71 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..quantization import Grid
 from . import ops
+from .quantized import QuantizedTiles
 from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
+
+# Buffers of a layer are the parts of its weight.
+_PARTS = {
+    Tiles: ("masks", "values", "offsets"),
+    QuantizedTiles: ("masks", "codes", "offsets", "grids", "like"),
+}
 
 
 class SparseLinear(nn.Module):
     """A linear layer that stores only the non-zero weights, and multiplies them without unpacking.
 
+    A quantised one stores a byte for each of them. It multiplies the values of its grid as they are; its dense weight
+    has them rounded to its type.
+
     More than a few tokens at once are multiplied densely, with rows that are unpacked into a small buffer which all
     layers share. The weight cannot be trained, but gradients flow through the layer, to a LoRA adapter for example.
 
     A state dict has the dense `weight` and `bias` of the `nn.Linear` that this one stands for, so that saving writes
-    an ordinary checkpoint; loading one packs the weight.
+    an ordinary checkpoint; loading one packs the weight, without a grid.
     """
 
-    masks: torch.Tensor
-    values: torch.Tensor
-    offsets: torch.Tensor
-
-    def __init__(self, tiles: Tiles, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, tiles: Tiles | QuantizedTiles, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self._set(tiles)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> SparseLinear:
+    def from_linear(cls, linear: nn.Linear, grid: Grid | None = None) -> SparseLinear:
         """Pack a dense layer, which stays as it is.
+
+        Args:
+            linear: The layer.
+            grid: What its weight was rounded to: makes a quantised layer.
 
         Raises:
             TypeError: Its weight is of a type that cannot be packed.
+            ValueError: The weight is not on the grid, or `QuantizedTiles` are not for it.
         """
-        layer = cls(Tiles.pack(linear.weight), linear.bias)
+        tiles = Tiles.pack(linear.weight) if grid is None else QuantizedTiles.pack(linear.weight, grid)
+        layer = cls(tiles, linear.bias)
         layer.training = linear.training
         return layer
 
-    def _set(self, tiles: Tiles) -> None:
+    def _set(self, tiles: Tiles | QuantizedTiles) -> None:
+        self._buffers.clear()
         self.out_features, self.in_features = tiles.shape
-        for name in ("masks", "values", "offsets"):
+        for name in _PARTS[type(tiles)]:
             self.register_buffer(name, getattr(tiles, name), persistent=False)
 
     @property
-    def tiles(self) -> Tiles:
+    def quantized(self) -> bool:
+        """Whether the weight is stored as codes."""
+        return "codes" in self._buffers
+
+    @property
+    def tiles(self) -> Tiles | QuantizedTiles:
         """The packed weight."""
-        return Tiles((self.out_features, self.in_features), self.masks, self.values, self.offsets)
+        kind = QuantizedTiles if self.quantized else Tiles
+        return kind((self.out_features, self.in_features), *(getattr(self, name) for name in _PARTS[kind]))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -66,6 +86,17 @@ class SparseLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         parts = self._buffers  # at once: the look-up of an attribute that is a buffer takes long
+        if "codes" in parts:
+            return ops.quantized_linear(
+                x,
+                parts["masks"],
+                parts["codes"],
+                parts["offsets"],
+                parts["grids"],
+                self.bias,
+                self.out_features,
+                self.in_features,
+            )
         return ops.tiles_linear(
             x, parts["masks"], parts["values"], parts["offsets"], self.bias, self.out_features, self.in_features
         )
@@ -78,8 +109,9 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        zeros = 1 - (self.values.numel() - 32) / (self.out_features * self.in_features)
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, zeros={zeros:.2%}"
+        zeros = 1 - int(self.tiles.offsets[-1]) / (self.out_features * self.in_features)
+        text = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, zeros={zeros:.2%}"
+        return text + (", quantized=True" if self.quantized else "")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -93,7 +125,9 @@ class SparseLinear(nn.Module):
             if state_dict[key].shape != shape:
                 error_msgs.append(f"{key} has the shape {tuple(state_dict[key].shape)}, and the layer {shape}.")
             else:
-                self._set(Tiles.pack(state_dict[key].to(self.values)))
+                tiles = self.tiles
+                like = tiles.like if isinstance(tiles, QuantizedTiles) else tiles.values
+                self._set(Tiles.pack(state_dict[key].to(like)))
         elif strict:
             missing_keys.append(key)
         super()._load_from_state_dict(state_dict, prefix, *args)

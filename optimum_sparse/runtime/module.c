@@ -30,8 +30,10 @@ static int read_integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wan
 
 #define ADDRESS(i) ((void *)(intptr_t)a[i])
 
-/* The first six arguments of all functions of tiles: rows, columns, masks, values, offsets, type. */
-#define MATRIX {.rows = a[0], .columns = a[1], .masks = ADDRESS(2), .values = ADDRESS(3), .offsets = ADDRESS(4), .type = a[5]}
+/* The first seven arguments of all functions of tiles: rows, columns, masks, values, offsets, type, grids or 0. */
+#define MATRIX                                                                                                        \
+    {.rows = a[0], .columns = a[1], .masks = ADDRESS(2), .values = ADDRESS(3), .offsets = ADDRESS(4), .type = a[5],   \
+     .grids = ADDRESS(6)}
 
 static PyObject *none_or_no_memory(int failed)
 {
@@ -42,11 +44,11 @@ static PyObject *none_or_no_memory(int failed)
 
 static PyObject *py_tiles_linear(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    READ(12) /* ..., level, x, tokens, bias, out, threads */
+    READ(13) /* ..., level, x, tokens, bias, out, threads */
     const tiles matrix = MATRIX;
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = tiles_linear(a[6], &matrix, ADDRESS(7), a[8], ADDRESS(9), ADDRESS(10), a[11]);
+    failed = tiles_linear(a[7], &matrix, ADDRESS(8), a[9], ADDRESS(10), ADDRESS(11), a[12]);
     Py_END_ALLOW_THREADS
     return none_or_no_memory(failed);
 }
@@ -63,41 +65,41 @@ static PyObject *py_dense_linear(PyObject *module, PyObject *const *args, Py_ssi
 
 static PyObject *py_tiles_unpack(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    READ(11) /* ..., level, first, last, out, threads */
+    READ(12) /* ..., level, first, last, out, threads */
     const tiles matrix = MATRIX;
     Py_BEGIN_ALLOW_THREADS
-    tiles_unpack(a[6], &matrix, a[7], a[8], ADDRESS(9), a[10]);
+    tiles_unpack(a[7], &matrix, a[8], a[9], ADDRESS(10), a[11]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *py_tiles_mask(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    READ(8) /* ..., weight, threads */
+    READ(9) /* ..., weight, threads */
     const tiles matrix = MATRIX;
     Py_BEGIN_ALLOW_THREADS
-    tiles_mask(&matrix, ADDRESS(6), a[7]);
+    tiles_mask(&matrix, ADDRESS(7), a[8]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *py_tiles_fill(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    READ(8) /* ..., weight, threads */
+    READ(9) /* ..., weight, threads */
     const tiles matrix = MATRIX;
     Py_BEGIN_ALLOW_THREADS
-    tiles_fill(&matrix, ADDRESS(6), a[7]);
+    tiles_fill(&matrix, ADDRESS(7), a[8]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *py_tiles_check(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    READ(8) /* ..., num_values, threads */
+    READ(9) /* ..., num_values, threads */
     const tiles matrix = MATRIX;
     int right;
     Py_BEGIN_ALLOW_THREADS
-    right = tiles_check(&matrix, a[6], a[7]);
+    right = tiles_check(&matrix, a[7], a[8]);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(right);
 }

@@ -1,18 +1,19 @@
-"""The operators `optimum_sparse::tiles_linear` and `optimum_sparse::dense_linear`.
+"""The operators `tiles_linear`, `quantized_linear` and `dense_linear` of `optimum_sparse`.
 
 They are registered with `torch.library.Library`, whose calls cost half of those of `custom_op`: a small model makes
-hundreds per token. Both have shape functions, so that `torch.compile` takes them for granted, and no derivative: the
+hundreds per token. All have shape functions, so that `torch.compile` takes them for granted, and no derivative: the
 layers use them only where none is asked for.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
-from . import kernels, tiles
+from . import gpu, kernels, quantized, tiles
 
 # Up to here, the kernel is faster than unpacking and the dense product.
 MOST_TOKENS = 96
@@ -23,6 +24,10 @@ _LIBRARY = torch.library.Library("optimum_sparse", "DEF")
 _LIBRARY.define(
     "tiles_linear(Tensor x, Tensor masks, Tensor values, Tensor offsets, Tensor? bias, int rows, int columns)"
     " -> Tensor"
+)
+_LIBRARY.define(
+    "quantized_linear(Tensor x, Tensor masks, Tensor codes, Tensor offsets, Tensor grids, Tensor? bias, int rows,"
+    " int columns) -> Tensor"
 )
 _LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -42,13 +47,51 @@ def _tiles_linear(
     shape = (rows, columns)
     tiles.check_parts(shape, masks, values, offsets)
     _check_inputs(x, values, bias, shape)
+    if gpu.usable(x):
+        return gpu.tiles_linear(x, masks, values, offsets, bias, shape)
     tokens = x.numel() // columns
     if tokens > MOST_TOKENS or not _has_kernel(x):
-        return _unpack_and_multiply(x, masks, values, offsets, bias, shape)
+        return _unpack_and_multiply(
+            x, lambda out, first: tiles.unpack(shape, masks, values, offsets, out, first), bias, shape
+        )
+    return _multiply(x, tiles.arguments(shape, masks, values, offsets), bias, rows)
+
+
+def _quantized_linear(
+    x: torch.Tensor,
+    masks: torch.Tensor,
+    codes: torch.Tensor,
+    offsets: torch.Tensor,
+    grids: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """`F.linear` with the weight whose `QuantizedTiles` these are; `x` is `[..., columns]` of any type that they have.
+
+    For a few tokens, weights are scale * (code - zero), not rounded to the type of `x`, and inputs are rounded to
+    2^-22 of the largest of 128, or less.
+    """
+    shape = (rows, columns)
+    quantized.check_parts(shape, masks, codes, offsets, grids)
+    if x.dtype not in kernels.TYPES or x.device != codes.device:
+        raise ValueError(
+            f"the input is {x.dtype} on {x.device}: it must be {', '.join(map(str, kernels.TYPES))} on {codes.device}."
+        )
+    _check_inputs(x, x, bias, shape)
+    if x.numel() // columns > MOST_TOKENS or not _has_kernel(x):
+        return _unpack_and_multiply(
+            x, lambda out, first: quantized.unpack(shape, masks, codes, offsets, grids, out, first), bias, shape
+        )
+    return _multiply(x, quantized.arguments(shape, masks, codes, offsets, grids, x.dtype), bias, rows)
+
+
+def _multiply(x: torch.Tensor, matrix: tuple[int, ...], bias: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """The product with packed weights, which are the first arguments of the extension."""
     out = x.new_empty(*x.shape[:-1], rows)
+    tokens = out.numel() // rows
     if tokens:
         x = x.contiguous()
-        matrix = tiles.arguments(shape, masks, values, offsets)
         address = 0 if bias is None else bias.data_ptr()
         kernels.EXTENSION.tiles_linear(
             *matrix, kernels.number(), x.data_ptr(), tokens, address, out.data_ptr(), kernels.threads()
@@ -105,21 +148,22 @@ def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def _unpack_and_multiply(
     x: torch.Tensor,
-    masks: torch.Tensor,
-    values: torch.Tensor,
-    offsets: torch.Tensor,
+    unpack: Callable[[torch.Tensor, int], object],
     bias: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """For many tokens: dense products with some rows of the weight after others, unpacked into one buffer."""
+    """For many tokens: dense products with some rows of the weight after others, unpacked into one buffer.
+
+    `unpack` writes rows, from a first one on.
+    """
     rows, columns = shape
-    step = max(1, BUFFER_BYTES // (columns * values.itemsize * tiles.ROWS)) * tiles.ROWS
-    buffer = _buffer(min(step, rows) * columns, values)
+    step = max(1, BUFFER_BYTES // (columns * x.itemsize * tiles.ROWS)) * tiles.ROWS
+    buffer = _buffer(min(step, rows) * columns, x)
     out = x.new_empty(*x.shape[:-1], rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         weight = buffer[: (last - first) * columns].view(-1, columns)
-        tiles.unpack(shape, masks, values, offsets, weight, first)
+        unpack(weight, first)
         out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
     return out
 
@@ -146,15 +190,31 @@ def _tiles_shape(
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def _quantized_shape(
+    x: torch.Tensor,
+    masks: torch.Tensor,
+    codes: torch.Tensor,
+    offsets: torch.Tensor,
+    grids: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
 def _dense_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("tiles_linear", _tiles_linear, _device)
+    _LIBRARY.impl("quantized_linear", _quantized_linear, _device)
     _LIBRARY.impl("dense_linear", _dense_linear, _device)
 torch.library.register_fake("optimum_sparse::tiles_linear", _tiles_shape, lib=_LIBRARY)
+torch.library.register_fake("optimum_sparse::quantized_linear", _quantized_shape, lib=_LIBRARY)
 torch.library.register_fake("optimum_sparse::dense_linear", _dense_shape, lib=_LIBRARY)
 
 tiles_linear = torch.ops.optimum_sparse.tiles_linear.default
+quantized_linear = torch.ops.optimum_sparse.quantized_linear.default
 dense_linear = torch.ops.optimum_sparse.dense_linear.default

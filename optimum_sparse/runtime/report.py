@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..tables import text_table
 
-WAYS = ("torch", "dense", "sparse")
-HEADINGS = ("layers", "count", "shape", "zeros", "now", *(f"µs {way}" for way in WAYS), "bytes")
+WAYS = ("torch", "dense", "sparse", "int8", "2:4")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class LayerChoice:
         shape: `(out_features, in_features)`.
         dtype: Of the weights.
         sparsity: The part of their weights that is zero.
-        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`) or `"sparse"` (`SparseLinear`).
-        reason: Why, if nothing was measured.
+        choice: `"torch"` (left as it was), `"dense"` (`DenseLinear`), `"sparse"` (`SparseLinear`), `"int8"` (a
+            quantised `SparseLinear`) or `"2:4"` (`SemiStructuredLinear`).
+        reason: Why, if nothing was measured; why `"int8"` was not, in a quantised model; on GPUs why a form was not.
         microseconds: Of each way that was measured, for one layer and the batch size asked for.
         dense_bytes: What their weights took.
         bytes: What they take now.
@@ -46,9 +47,9 @@ class RuntimeReport:
 
     Attributes:
         batch_size: For how many tokens at once the layers were chosen.
-        kernel: The instructions that the kernels use, or `"torch"` if there are none.
-        missing: Why there are no compiled kernels, if so.
-        threads: How many of them were used.
+        kernel: The instructions that the kernels use, `"triton"` on a GPU, or `"torch"` if there are none.
+        missing: Why there are no kernels, if so.
+        threads: How many of them the kernels for the CPU use.
         layers: What became of the `nn.Linear` layers.
         untouched: Other layers with weights, and linear ones that must stay as they are, each with the reason.
     """
@@ -75,7 +76,10 @@ class RuntimeReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [text_table(HEADINGS, [_row(name, layer) for layer in self.layers for name in layer.names])]
+        ways = [way for way in WAYS if any(way in layer.microseconds for layer in self.layers)]
+        headings = ("layers", "count", "shape", "zeros", "now", *(f"µs {way}" for way in ways), "bytes")
+        rows = [_row(name, layer, ways) for layer in self.layers for name in layer.names]
+        lines = [text_table(headings, rows)]
         lines += ["", f"kernels: {self.kernel}, {self.threads} threads, batch size {self.batch_size}"]
         if self.missing:
             lines.append(f"no compiled kernels: {self.missing}")
@@ -88,8 +92,8 @@ class RuntimeReport:
         return "\n".join(lines)
 
 
-def _row(name: str, layer: LayerChoice) -> tuple[str, ...]:
-    times = [f"{layer.microseconds[way]:,.0f}" if way in layer.microseconds else "-" for way in WAYS]
+def _row(name: str, layer: LayerChoice, ways: Sequence[str]) -> tuple[str, ...]:
+    times = [f"{layer.microseconds[way]:,.0f}" if way in layer.microseconds else "-" for way in ways]
     rows, columns = layer.shape
     part = layer.bytes / layer.dense_bytes
     return (name, str(layer.count), f"{rows}x{columns}", f"{layer.sparsity:.1%}", layer.choice, *times, f"{part:.0%}")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..metadata import fold_names
-from . import kernels
+from ..quantization import Grid
+from . import gpu, kernels, quantized, semi_structured
+from .grids import find_grids
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
+from .semi_structured import SemiStructuredLinear
 
 PREFERENCES = ("speed", "memory")
 
@@ -25,33 +29,49 @@ PREFERENCES = ("speed", "memory")
 MARGIN = 0.98
 # Layers of one kind are measured in turn, up to so many bytes: more than the cache holds, as in the whole model.
 SAMPLE_BYTES = 2**28
-# What is read before each measurement, so that no weight is in the cache because the last one left it there.
-EVICTION_BYTES = 2**26
+# What is read before each measurement, so that no weight is in the cache because the last one left it there. On a GPU
+# it takes longer than the launch of a graph, which is then not measured.
+EVICTION_BYTES = {"cpu": 2**26, "cuda": 2**28}
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
-def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = "speed") -> RuntimeReport:
+def sparsify_for_inference(
+    model: nn.Module,
+    batch_size: int = 1,
+    prefer: str = "speed",
+    grids: Mapping[str, Grid] | str | os.PathLike | None = None,
+    cuda_graphs: bool = False,
+) -> RuntimeReport:
     """Replace the linear layers of a pruned model, in place, by faster or smaller ones.
 
     With `prefer="speed"`, layers of each shape, type and sparsity are timed in the forms that they can have, in turn,
     with `batch_size` tokens, and keep the fastest: as they are; `DenseLinear`, which is faster for a single token; or
-    `SparseLinear`, which stores and reads the non-zero weights only. Ties stay as they are. With `prefer="memory"`,
-    all layers that become smaller are packed, and nothing is timed.
+    `SparseLinear`, which stores and reads the non-zero weights only, and in a quantised model a byte for each of them
+    (in the report: `int8`). On a GPU there are no `DenseLinear` and no bytes, and matrices that are 2:4 may become
+    `SemiStructuredLinear`, if the units of the GPU take them. Ties stay as they are. With `prefer="memory"`, all
+    layers that become smaller are packed as `SparseLinear`, and nothing is timed.
 
     The model computes the same, to the rounding of its type. It generates, compiles and saves as before (a saved
     model is dense), but the weights of sparse layers cannot be trained. The kernels are used where no gradient is
     asked for, as in `generate`.
 
     Args:
-        model: Any module with `nn.Linear` layers, on the CPU. Layers of other classes stay as they are.
-        batch_size: How many tokens the model will process at once: the batch size of `generate`.
+        model: Any module with `nn.Linear` layers, on the CPU or NVIDIA GPUs. Layers of other classes stay as they are.
+        batch_size: How many tokens the model will process at once: the batch size of `generate`. If prompts are what
+            matters, their tokens in all.
         prefer: `"speed"` or `"memory"`.
+        grids: What the weights of a quantised model were rounded to: `SparsePruner.grids`, or the folder or file that
+            `SparsePruner.save` wrote. By default those of the checkpoint that the model was loaded from.
+        cuda_graphs: Whether the model will run as CUDA graphs (`torch.compile(mode="reduce-overhead")`, or a static
+            cache in `generate`), and layers on GPUs are timed so. Else the times have what it takes the host to call
+            them, which for few tokens is longer than what the GPU takes.
 
     Returns:
         What became of each layer, and the measurements.
 
     Raises:
-        ValueError: An argument is out of range.
+        FileNotFoundError: `grids` names a folder or file without grids.
+        ValueError: An argument is out of range, or the file of the grids is damaged.
         TypeError: `model` is no module, or is itself an `nn.Linear`.
     """
     if not isinstance(model, nn.Module):
@@ -65,7 +85,7 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
-    candidates, untouched = _candidates(model)
+    candidates, untouched = _candidates(model, *find_grids(model, grids))
     kinds: dict[tuple, list[_Candidate]] = {}
     for candidate in candidates:
         kinds.setdefault(candidate.kind, []).append(candidate)
@@ -74,12 +94,14 @@ def sparsify_for_inference(model: nn.Module, batch_size: int = 1, prefer: str = 
         if prefer == "memory":
             choice, reason, times = _smallest(members)
         else:
-            choice, reason, times = _fastest(model, members, batch_size)
+            choice, reason, times = _fastest(model, members, batch_size, cuda_graphs)
         layers.append(_replace(model, members, choice, reason, times))
-    if any(layer.choice == "sparse" for layer in layers):
+    if any(layer.choice in ("sparse", "int8") for layer in layers):
         copy_what_stays(model)
     release_memory()
-    return RuntimeReport(batch_size, kernels.LEVEL, kernels.MISSING, kernels.threads(), layers, untouched)
+    on_gpu = any(candidate.gpu for candidate in candidates)
+    kernel, missing = ("triton", gpu.MISSING) if on_gpu else (kernels.LEVEL, kernels.MISSING)
+    return RuntimeReport(batch_size, kernel, missing, kernels.threads(), layers, untouched)
 
 
 def copy_what_stays(model: nn.Module) -> None:
@@ -107,6 +129,11 @@ class _Candidate:
     bias: bool
     tied: bool
     nonzero: int
+    device: torch.device
+    gpu: bool
+    two_of_four: bool
+    grid: Grid | None  # with which its values are packed as codes
+    no_grid: str | None  # why not, although the model is quantised
 
     @property
     def numel(self) -> int:
@@ -119,7 +146,11 @@ class _Candidate:
     @property
     def kind(self) -> tuple:
         """What its time depends on."""
-        return (self.shape, self.dtype, self.bias, self.tied, round(20 * self.sparsity))
+        sparsity = round(20 * self.sparsity)
+        return (
+            *(self.shape, self.dtype, self.bias, self.tied, sparsity),
+            *(self.device, self.two_of_four, self.grid is None, self.no_grid),
+        )
 
     @property
     def obstacle(self) -> str | None:
@@ -134,13 +165,15 @@ class _Candidate:
         return None
 
 
-def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
+def _candidates(
+    model: nn.Module, grids: Mapping[str, Grid], missing: str | None
+) -> tuple[list[_Candidate], dict[str, str]]:
     """The layers to look at, and why all others with a matrix are left alone; embeddings are no products."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: list[_Candidate] = []
     untouched: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear):
+        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear | SemiStructuredLinear):
             continue
         matrices = {key: p for key, p in module._parameters.items() if p is not None and p.ndim >= 2}
         reason = _reason_to_stay(module)
@@ -150,8 +183,34 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         weight = matrices["weight"]
         shape = (weight.shape[0], weight.shape[1])
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
-        found.append(_Candidate(name, shape, weight.dtype, bias, tied, int(torch.count_nonzero(weight))))
+        nonzero, on_gpu = int(torch.count_nonzero(weight)), _on_gpu(weight)
+        two_of_four = on_gpu and 2 * nonzero <= weight.numel() and semi_structured.is_two_of_four(weight)
+        where = (weight.device, on_gpu, two_of_four)
+        grid = None if tied else grids.get(name)
+        reason = missing if grid is None else _why_not_codes(weight.detach(), grid)
+        grid = grid if reason is None else None
+        found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, *where, grid, reason))
     return found, fold_reasons(untouched)
+
+
+def _on_gpu(weight: torch.Tensor) -> bool:
+    return weight.is_cuda
+
+
+def _why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
+    """Why the values of a weight cannot be packed as codes."""
+    if _on_gpu(weight):
+        return "there are no kernels for codes on a GPU"
+    if weight.dtype not in kernels.MULTIPLIED:
+        return f"there are no kernels for codes in {weight.dtype}"
+    reason = quantized.obstacle(weight.shape, grid)
+    if reason is not None:
+        return reason
+    try:
+        grid.codes(weight)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:
@@ -159,7 +218,7 @@ def _reason_to_stay(module: nn.Module) -> str | None:
         return f"stays as it is: only nn.Linear is replaced, and it is a {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
         return "stays as it is: it has forward hooks"
-    if module.weight.device.type != "cpu":
+    if module.weight.device.type not in ("cpu", "cuda"):
         return f"stays as it is: there are no kernels for {module.weight.device.type}"
     if 0 in module.weight.shape:
         return "stays as it is: it has no weights"
@@ -175,38 +234,59 @@ def fold_reasons(reasons: dict[str, str]) -> dict[str, str]:
 
 
 def _smallest(members: Sequence[_Candidate]) -> tuple[str, str | None, dict[str, float]]:
+    if members[0].grid is not None:
+        return "int8", None, {}
     obstacle = _obstacle(members)
-    return ("sparse", None, {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+    return ("sparse", _no_codes(members[0]), {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+
+
+def _no_codes(first: _Candidate) -> str | None:
+    return None if first.no_grid is None else f"not as int8: {first.no_grid}"
 
 
 def _obstacle(members: Sequence[_Candidate]) -> str | None:
     return next((member.obstacle for member in members if member.obstacle), None)
 
 
-def _fastest(
-    model: nn.Module, members: Sequence[_Candidate], batch_size: int
-) -> tuple[str, str | None, dict[str, float]]:
-    (rows, columns), dtype, obstacle = members[0].shape, members[0].dtype, _obstacle(members)
+def _ways(members: Sequence[_Candidate], batch_size: int) -> tuple[list[str], str | None]:
+    """The forms to time, and what keeps layers from having others, if that is for the report."""
+    first, obstacle = members[0], _obstacle(members)
+    ways = ["torch"]
+    if first.gpu:
+        obstacles = {"sparse": obstacle or gpu.MISSING}
+        if first.two_of_four and not first.tied:
+            obstacles["2:4"] = semi_structured.obstacle(first.shape, first.dtype, first.device)
+        reasons = [f"{way} not timed: {why}" for way, why in obstacles.items() if why is not None]
+        reasons += [reason] if (reason := _no_codes(first)) else []
+        return ways + [way for way, why in obstacles.items() if why is None], "; ".join(reasons) or None
     if not kernels.compiled():
-        return "torch", "not timed: there are no compiled kernels", {}
-    if dtype not in kernels.MULTIPLIED:
-        return "torch", f"not timed: there are no kernels for {dtype}", {}
-    if batch_size > 1 and obstacle is not None:
-        return "torch", f"not timed: {obstacle}", {}
+        return ways, "not timed: there are no compiled kernels"
+    if first.dtype not in kernels.MULTIPLIED:
+        return ways, f"not timed: there are no kernels for {first.dtype}"
+    ways += ["dense"] if batch_size == 1 else []
+    ways += ["sparse"] if obstacle is None else []
+    ways += ["int8"] if first.grid is not None else []
+    return ways, f"not timed: {obstacle}" if ways == ["torch"] else _no_codes(first)
 
-    num_layers = max(1, SAMPLE_BYTES // (rows * columns * dtype.itemsize))
-    sample = [_linear(model, member.name) for member in members[:num_layers]]
-    ways: dict[str, Sequence[nn.Module]] = {"torch": sample}
-    if batch_size == 1:
-        ways["dense"] = [DenseLinear.from_linear(layer) for layer in sample]
-    if obstacle is None:
-        ways["sparse"] = [SparseLinear.from_linear(layer) for layer in sample]
-    times = _times(ways, torch.randn(batch_size, columns).to(dtype))
+
+def _fastest(
+    model: nn.Module, members: Sequence[_Candidate], batch_size: int, cuda_graphs: bool
+) -> tuple[str, str | None, dict[str, float]]:
+    first = members[0]
+    rows, columns = first.shape
+    ways, reason = _ways(members, batch_size)
+    if ways == ["torch"]:
+        return "torch", reason, {}
+    num_layers = max(1, SAMPLE_BYTES // (rows * columns * first.dtype.itemsize))
+    sample = members[:num_layers]
+    forms = {way: [_form(way, _linear(model, member.name), member.grid) for member in sample] for way in ways}
+    x = torch.randn(batch_size, columns).to(first.device, first.dtype)
+    times = _times(forms, x, cuda_graphs and first.gpu)
     choice = "torch"
     for way in ways:
         if times[way] < MARGIN * times[choice]:
             choice = way
-    return choice, None, times
+    return choice, reason, times
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -215,34 +295,73 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _times(ways: dict[str, Sequence[nn.Module]], x: torch.Tensor) -> dict[str, float]:
+def _times(ways: Mapping[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
     """Microseconds of one layer in each of its forms, measured in turn; medians."""
-    eviction = torch.zeros(EVICTION_BYTES // 8, dtype=torch.int64)
+    eviction = torch.zeros(EVICTION_BYTES[x.device.type] // 8, dtype=torch.int64, device=x.device)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     begin = time.perf_counter()
     with torch.inference_mode():
+        runs = {way: [_recorded(layers, x)] if cuda_graphs else layers for way, layers in ways.items()}
         for turn in itertools.count():
             if turn >= LEAST_ROUNDS and (turn >= MOST_ROUNDS or time.perf_counter() - begin > SECONDS):
                 break
             names = list(ways)
             for way in names[turn % len(names) :] + names[: turn % len(names)]:
                 eviction.sum()
-                seconds[way].append(_seconds(ways[way], x))
+                if x.is_cuda and not cuda_graphs:
+                    torch.cuda.synchronize(x.device)
+                seconds[way].append(_seconds(runs[way], x))
     return {way: 1e6 * statistics.median(taken) / len(ways[way]) for way, taken in seconds.items()}
 
 
-def _seconds(layers: Sequence[nn.Module], x: torch.Tensor) -> float:
+def _recorded(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Runs all layers as one CUDA graph."""
+    with torch.cuda.device(x.device):
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for layer in layers:  # what is compiled or set up by the first calls cannot be recorded
+                layer(x)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            for layer in layers:
+                layer(x)
+    return lambda _: graph.replay()
+
+
+def _seconds(layers: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor) -> float:
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for layer in layers:
+                layer(x)
+            last.record()
+            last.synchronize()
+        return first.elapsed_time(last) / 1e3
     start = time.perf_counter()
     for layer in layers:
         layer(x)
     return time.perf_counter() - start
 
 
-_FORMS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "torch": lambda layer: layer,
-    "dense": DenseLinear.from_linear,
-    "sparse": SparseLinear.from_linear,
-}
+def _form(way: str, layer: nn.Linear, grid: Grid | None) -> nn.Module:
+    """A layer in one of its forms."""
+    if way == "torch":
+        return layer
+    if way == "dense":
+        return DenseLinear.from_linear(layer)
+    if way == "2:4":
+        return SemiStructuredLinear.from_linear(layer)
+    return SparseLinear.from_linear(layer, grid if way == "int8" else None)
+
+
+def _bytes(layer: nn.Module) -> int:
+    """What a weight takes."""
+    if isinstance(layer, SparseLinear):
+        return layer.tiles.nbytes
+    assert isinstance(layer, nn.Linear)
+    return layer.nbytes if isinstance(layer, SemiStructuredLinear) else layer.weight.nbytes
 
 
 def _replace(
@@ -252,8 +371,8 @@ def _replace(
     first, numel = members[0], sum(member.numel for member in members)
     now = 0
     for member in members:
-        layer = _FORMS[choice](_linear(model, member.name))
-        now += layer.tiles.nbytes if isinstance(layer, SparseLinear) else member.numel * first.dtype.itemsize
+        layer = _form(choice, _linear(model, member.name), member.grid)
+        now += _bytes(layer)
         parent, _, name = member.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return LayerChoice(

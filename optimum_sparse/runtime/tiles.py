@@ -50,15 +50,9 @@ class Tiles:
 
     def _consistent(self) -> bool:
         stored = self.values.numel() - PADDING
-        if _compiled(self.masks):
+        if compiled(self.masks):
             return kernels.EXTENSION.tiles_check(*self.arguments(), stored, kernels.threads())
-        bits = _unpack_bits(self.masks)
-        rows, columns = self.shape
-        counts = bits.sum(dim=(1, 2, 3), dtype=torch.int64)
-        expected = F.pad(counts.cumsum(0), (1, 0))
-        inside = bits.transpose(1, 2).reshape(-1, bits.shape[1] * COLUMNS)
-        outside = inside[rows:].any() | inside[:, columns:].any()
-        return bool(torch.equal(expected, self.offsets) and expected[-1] == stored and not outside)
+        return parts_fit(self.shape, self.masks, self.offsets, stored)
 
     def arguments(self) -> tuple[int, ...]:
         """What the functions of the extension take first."""
@@ -87,7 +81,7 @@ class Tiles:
         weight = weight.detach().contiguous()
         rows, columns = weight.shape
         blocks, tiles = -(-rows // ROWS), -(-columns // COLUMNS)
-        if not _compiled(weight):
+        if not compiled(weight):
             return cls((rows, columns), *_pack_in_torch(weight, blocks, tiles))
         masks = weight.new_empty(blocks, tiles, ROWS, 4, dtype=torch.uint8)
         offsets = weight.new_empty(blocks + 1, dtype=torch.int64)
@@ -127,11 +121,11 @@ def unpack(
         `out`.
     """
     last = first + out.shape[0]
-    if _compiled(values):
+    if compiled(values):
         matrix = arguments(shape, masks, values, offsets)
         kernels.EXTENSION.tiles_unpack(*matrix, kernels.number(), first, last, out.data_ptr(), kernels.threads())
         return out
-    bits = _unpack_bits(masks[first // ROWS : -(-last // ROWS)])
+    bits = unpack_bits(masks[first // ROWS : -(-last // ROWS)])
     dense = values.new_zeros(bits.shape).masked_scatter_(bits.bool(), values[int(offsets[first // ROWS]) :])
     dense = dense.transpose(1, 2).reshape(bits.shape[0] * ROWS, -1)
     return out.copy_(dense[: last - first, : shape[1]])
@@ -141,7 +135,7 @@ def arguments(
     shape: tuple[int, int], masks: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[int, ...]:
     """What the functions of the extension take first; the tensors must outlive the call."""
-    return (*shape, masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), kernels.TYPES[values.dtype])
+    return (*shape, masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), kernels.TYPES[values.dtype], 0)
 
 
 def check_parts(shape: tuple[int, int], masks: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -177,13 +171,32 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"weights of {dtype} cannot be packed: they must be {', '.join(map(str, kernels.TYPES))}.")
 
 
-def _compiled(tensor: torch.Tensor) -> bool:
+def compiled(tensor: torch.Tensor) -> bool:
+    """Whether the compiled kernels work on it."""
     return tensor.device.type == "cpu" and kernels.compiled()
 
 
-def _unpack_bits(masks: torch.Tensor) -> torch.Tensor:
-    """`[blocks, tiles, 8, 32]` uint8."""
+def unpack_bits(masks: torch.Tensor) -> torch.Tensor:
+    """The bits of some masks `[blocks, tiles, 8, bytes]`: `[blocks, tiles, 8, 8 * bytes]` uint8."""
     return _BITS.to(masks.device)[masks.int()].flatten(-2)
+
+
+def pack_bits(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks and offsets of what is stored, `[blocks, tiles, 8, columns]`."""
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=stored.device)
+    masks = (stored.unflatten(-1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
+    return masks, F.pad(stored.sum(dim=(1, 2, 3), dtype=torch.int64).cumsum(0), (1, 0))
+
+
+def parts_fit(shape: tuple[int, int], masks: torch.Tensor, offsets: torch.Tensor, stored: int) -> bool:
+    """Whether masks and offsets belong together, no bit stands outside of the matrix, and so many are stored."""
+    bits = unpack_bits(masks)
+    rows, columns = shape
+    counts = bits.sum(dim=(1, 2, 3), dtype=torch.int64)
+    expected = F.pad(counts.cumsum(0), (1, 0))
+    inside = bits.transpose(1, 2).flatten(0, 1).flatten(1)
+    outside = inside[rows:].any() | inside[:, columns:].any()
+    return bool(torch.equal(expected, offsets) and expected[-1] == stored and not outside)
 
 
 def _pack_in_torch(weight: torch.Tensor, blocks: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -192,7 +205,5 @@ def _pack_in_torch(weight: torch.Tensor, blocks: int, tiles: int) -> tuple[torch
     padded = F.pad(weight, (0, tiles * COLUMNS - columns, 0, blocks * ROWS - rows))
     tiled = padded.view(blocks, ROWS, tiles, COLUMNS).transpose(1, 2).contiguous()
     stored = tiled.view(torch.int32 if weight.dtype == torch.float32 else torch.int16) != 0
-    powers = 1 << torch.arange(8, dtype=torch.uint8, device=weight.device)
-    masks = (stored.view(blocks, tiles, ROWS, 4, 8) * powers).sum(-1, dtype=torch.uint8)
-    offsets = F.pad(stored.sum(dim=(1, 2, 3), dtype=torch.int64).cumsum(0), (1, 0))
+    masks, offsets = pack_bits(stored)
     return masks, F.pad(tiled[stored], (0, PADDING)), offsets

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparsePruner, sparsify_for_inference
 from optimum_sparse.commands.inspect import inspect
-from optimum_sparse.runtime import kernels, sparsify
+from optimum_sparse.runtime import gpu, kernels, semi_structured, sparsify
 
 from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
 from .levels import use_level
@@ -45,7 +45,7 @@ def give_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[dict[str
     use_level(monkeypatch, "portable")
     measured = []
 
-    def fake(ways: dict, x: torch.Tensor) -> dict[str, float]:
+    def fake(ways: dict, x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
         measured.append(({way: [type(layer).__name__ for layer in layers] for way, layers in ways.items()}, len(x)))
         return {way: times[way] for way in ways}
 
@@ -86,6 +86,79 @@ def test_larger_batches_are_measured_with_as_many_tokens(monkeypatch: pytest.Mon
     assert report.layers[0].reason == "not timed: it has too few zeros to become smaller"
 
 
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers count as those on a GPU with units for 2:4, which hold the dense weight here."""
+    monkeypatch.setattr(sparsify, "_on_gpu", lambda weight: True)
+    monkeypatch.setattr(gpu, "MISSING", None)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
+    monkeypatch.setattr(semi_structured.SemiStructuredLinear, "nbytes", 1000)
+
+
+def layers_for_a_gpu() -> nn.Module:
+    """One without zeros, one with half of them in no pattern, and two that are 2:4, one of them with 24 rows."""
+    model = three_layers().bfloat16()
+    model["pruned"].weight.data.copy_(torch.arange(64 * 64).view(64, 64) % 64 // 32)
+    model["odd"] = nn.Linear(64, 24, dtype=torch.bfloat16)
+    model["odd"].weight.data.view(-1)[::2] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("times", "pruned", "wide"),
+    [
+        ({"torch": 100, "sparse": 50, "2:4": 40}, "SparseLinear", "SemiStructuredLinear"),
+        ({"torch": 100, "sparse": 50, "2:4": 60}, "SparseLinear", "SparseLinear"),
+        ({"torch": 100, "sparse": 99, "2:4": 99}, "Linear", "Linear"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [1, 4096])
+def test_layers_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, as_if_on_a_gpu: None, times: dict, pruned: str, wide: str, batch_size: int
+):
+    measured = give_times(monkeypatch, **times)
+    monkeypatch.setattr(kernels, "LEVEL", "torch")  # those for the CPU do not matter
+    model = layers_for_a_gpu()
+    report = sparsify_for_inference(model, batch_size)
+    assert forms(model) == {"full": "Linear", "pruned": pruned, "wide": wide, "odd": pruned}
+    without, both = {"torch": ["Linear"], "sparse": ["SparseLinear"]}, {"2:4": ["SemiStructuredLinear"]}
+    assert measured == [(without, batch_size), (without | both, batch_size), (without, batch_size)]
+    assert [layer.reason for layer in report.layers] == [
+        "sparse not timed: it has too few zeros to become smaller",
+        None,
+        None,
+        "2:4 not timed: rows and columns must be multiples of 16",
+    ]
+    assert (report.kernel, report.missing) == ("triton", None)
+    if wide == "SemiStructuredLinear":
+        assert report.layers[2].bytes == 1000 and "µs 2:4" in str(report)
+
+
+def test_on_a_gpu_without_triton_only_2_4_is_timed(monkeypatch: pytest.MonkeyPatch, as_if_on_a_gpu: None):
+    give_times(monkeypatch, **{"torch": 100, "2:4": 50})
+    monkeypatch.setattr(gpu, "MISSING", "no Triton")
+    model = layers_for_a_gpu()
+    report = sparsify_for_inference(model)
+    assert forms(model) == {"full": "Linear", "pruned": "Linear", "wide": "SemiStructuredLinear", "odd": "Linear"}
+    assert "sparse not timed: no Triton" in str(report) and report.missing == "no Triton"
+
+
+def test_only_layers_on_a_gpu_are_recorded(monkeypatch: pytest.MonkeyPatch):
+    measured = []
+    monkeypatch.setattr(kernels, "compiled", lambda: True)
+    monkeypatch.setattr(
+        sparsify, "_times", lambda ways, x, cuda_graphs: measured.append(cuda_graphs) or {"torch": 1.0}
+    )
+    monkeypatch.setattr(sparsify, "_ways", lambda members, batch_size: (["torch", "torch"], None))
+    sparsify_for_inference(three_layers(), cuda_graphs=True)
+    monkeypatch.setattr(sparsify, "_on_gpu", lambda weight: True)
+    sparsify_for_inference(three_layers(), cuda_graphs=True)
+    assert measured == [False] * 3 + [True] * 3
+
+
 def test_times_are_medians_of_one_layer_measured_in_turn(monkeypatch: pytest.MonkeyPatch):
     ways = {"one": [nn.Identity()], "two": [nn.Identity(), nn.Identity()]}
     order, x = [], torch.ones(3, 4)
@@ -97,7 +170,7 @@ def test_times_are_medians_of_one_layer_measured_in_turn(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sparsify, "_seconds", seconds)
     monkeypatch.setattr(sparsify, "SECONDS", 0)
-    times = sparsify._times(ways, x)
+    times = sparsify._times(ways, x, cuda_graphs=False)
     assert order == [1, 2, 2, 1] * 3 + [1, 2]  # seven rounds
     assert times == {"one": pytest.approx(8), "two": pytest.approx(500)}
 
@@ -110,7 +183,7 @@ def test_measurement_runs_every_layer():
             calls.append(torch.is_inference_mode_enabled())
             return x
 
-    assert sparsify._times({"torch": [Layer(), Layer()]}, torch.ones(1, 4))["torch"] > 0
+    assert sparsify._times({"torch": [Layer(), Layer()]}, torch.ones(1, 4), False)["torch"] > 0
     assert len(calls) >= 2 * sparsify.LEAST_ROUNDS and all(calls)
 
 
