@@ -235,7 +235,7 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
     tokens = config.num_samples * seqlen
     linear = sum(2 * g.in_features * g.rows * g.share for g in model.groups) * tokens
     attention = 2 * len(model.blocks) * seqlen * model.hidden * tokens
-    forwards = 2 if config.true_sequential is False else 1
+    forwards = (2 if config.true_sequential is False else 1) + (config.allocation is not None)
     found = {"forward": forwards * (linear + attention) / machine.half}
     if statistics_for(config) is GramStatistics:
         products = sum(g.in_features**2 * g.share for g in model.groups) * tokens
@@ -246,8 +246,8 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         rounds = 3 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
         found["solve"] = rounds * updates / machine.single
     if offloaded:
-        # The probe, the forward that is measured and the run read everything once.
-        found["reading"] = 3 * model.weights / machine.read
+        # The probe, the forward that is measured, the run and what an allocation looks at read everything once.
+        found["reading"] = (3 + 2 * (config.allocation is not None)) * model.weights / machine.read
     return found
 
 

@@ -26,6 +26,7 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
         config: The method and how it runs.
     """
     seconds = 2 * forward if config.true_sequential is False else forward
+    seconds += forward * (config.allocation is not None)
     # A step of training costs three forwards.
     seconds += 3 * forward * (config.reconstruct or 0)
     if statistics_for(config) is GramStatistics:
