@@ -149,7 +149,7 @@ def pattern_loss(scores: torch.Tensor, pattern: NM) -> torch.Tensor:
         scores: `[rows, columns]` what they lose with each weight.
         pattern: The pattern.
     """
-    in_order = scores.view(-1, pattern.m).sort(dim=1).values
+    in_order = scores.reshape(-1, pattern.m).sort(dim=1).values
     return in_order[:, : pattern.m - pattern.n].sum(dtype=torch.float64).cpu()[None]
 
 
@@ -250,7 +250,7 @@ def _by_block(units: Sequence[_Unit], budget: int, config: SparseConfig) -> list
     columns, carried = [], 0.0
     for unit in units:
         wanted = of_block[unit.block] * unit.numel + carried
-        columns.append(round(wanted / unit.height))
+        columns.append(min(max(round(wanted / unit.height), 0), unit.width))
         carried = wanted - columns[-1] * unit.height
     return columns
 
@@ -265,12 +265,13 @@ def _trait(members: Sequence[_Unit], allocation: str) -> float:
 
 
 def _exact(counts: Sequence[int], units: Sequence[_Unit], budget: int) -> list[int]:
-    """Zeros that add up to the budget: what is left over goes to the matrices with most outputs, a column at most."""
+    """Zeros that add up to the budget: the matrices with most outputs get what is left over, a column each at most."""
     exact, members = list(counts), {index: matrix for unit in units for index, matrix in unit.members.items()}
     left = budget - sum(exact[index] for index in members)
-    for index in sorted(members, key=lambda index: -members[index].shape[0]):
-        rows = members[index].shape[0]
-        more = max(-rows, min(rows, left))
-        exact[index] += more
-        left -= more
+    while left:
+        for index in sorted(members, key=lambda index: -members[index].shape[0]):
+            rows, numel = members[index].shape[0], members[index].numel
+            more = max(-rows, -exact[index], min(rows, numel - exact[index], left))
+            exact[index] += more
+            left -= more
     return exact
