@@ -213,6 +213,8 @@ def test_experts_share_and_what_did_not_run_is_left_out(name: str):
     matrices, statistics = problem(config, {**SHAPES, **experts, "head": (4, 8)})
     index = {matrix.name: number for number, matrix in enumerate(matrices)}
     statistics[index["1.experts.up.2"]] = None  # no token was routed to it
+    unlike = matrices[index["0.experts.up.0"]].parameter.data
+    unlike.copy_(unlike.sign())  # alone, it would lose much with each weight
     statistics[index["head"]] = NormStatistics(8)
     counts = allocate(matrices, statistics, config)
     for block in range(2):
@@ -223,8 +225,34 @@ def test_experts_share_and_what_did_not_run_is_left_out(name: str):
     assert allocate(matrices, [None] * len(matrices), config) == [num_pruned(m.numel, 0.6) for m in matrices]
 
 
-def test_infinite_inputs_are_left_to_the_solver():
-    config = SparseConfig(sparsity=0.6, allocation="error")
+@pytest.mark.parametrize("name", ["dlp", "error"])
+def test_none_keeps_less_than_half_of_its_share(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(allocation, "REACH", 1.0)
+    config = SparseConfig(sparsity=0.5, allocation=name)
+    matrices, statistics = problem(config, {f"{i}.w": (4, 40) for i in range(10)})
+    extreme = matrices[3].parameter.data
+    extreme.zero_()
+    extreme[0, :2] = 1e8  # much larger than all others, and nothing is lost with the rest
+    counts = allocate(matrices, statistics, config)
+    assert max(counts) == counts[3] == 0.75 * 160 and sum(counts) == 800
+
+
+@pytest.mark.parametrize("name", ["owl", "dlp"])
+def test_what_shares_inputs_is_solved_together(name: str):
+    """But for one matrix, which gets what rounding to columns leaves over."""
+    config = SparseConfig(sparsity=0.617, allocation=name)
+    matrices, statistics = problem(
+        config, {f"{b}.{n}": shape for b in range(8) for n, shape in enumerate(SHAPES.values())}
+    )
+    patterns: dict[tuple[str, int], set[float]] = defaultdict(set)
+    for matrix, count in zip(matrices, allocate(matrices, statistics, config), strict=True):
+        patterns[matrix.block, matrix.shape[1]].add(allocated(matrix, count).pattern.sparsity)
+    assert sorted(map(len, patterns.values())) in ([1] * 16, [1] * 15 + [2])
+
+
+@pytest.mark.parametrize("name", ["owl", "dlp", "error"])
+def test_infinite_inputs_are_left_to_the_solver(name: str):
+    config = SparseConfig(sparsity=0.6, allocation=name)
     matrices, statistics = problem(config)
     statistics[0].add(torch.full((1, 8), math.inf))
     assert sum(allocate(matrices, statistics, config)) == budget_of(matrices, config)
