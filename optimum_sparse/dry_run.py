@@ -246,7 +246,8 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         rounds = 3 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
         found["solve"] = rounds * updates / machine.single
     if offloaded:
-        # The probe, the forward that is measured, the run and what an allocation looks at read everything once.
+        # The probe, the forward that is measured and the run read everything once; to allocate, a forward and a look
+        # at the weights do.
         found["reading"] = (3 + 2 * (config.allocation is not None)) * model.weights / machine.read
     return found
 
