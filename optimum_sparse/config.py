@@ -26,6 +26,7 @@ COMPARISON_GROUPS = ("output", "layer")
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
 QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
+ALLOCATIONS = ("owl", "dlp", "error")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "refine": "cg"},
@@ -141,6 +142,12 @@ class SparseConfig:
         None, "quantization: how many consecutive inputs of an output share a scale, -1 for all of them (default: 128)"
     )
     symmetric: bool = _option(False, "quantization: the code of 0 is the one in the middle, whatever the weights are")
+    allocation: str | None = _option(
+        None,
+        "give each matrix a sparsity of its own, with as many zeros in all of them together: by outliers ('owl') or "
+        "means ('dlp') of weights times inputs, or so that the sum of the estimated errors is least ('error'); with a "
+        "pattern, 'error' and a lower sparsity choose which matrices stay dense (default: the same for all)",
+    )
 
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
@@ -171,7 +178,10 @@ class SparseConfig:
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
         _check_dataset(self.dataset)
-        object.__setattr__(self, "sparsity", resolve_sparsity(self.sparsity, self.pattern))
+        object.__setattr__(
+            self, "sparsity", resolve_sparsity(self.sparsity, self.pattern, self.allocation is not None)
+        )
+        self._check_allocation()
         object.__setattr__(
             self, "overrides", tuple(_override(entry) for entry in _sequence("overrides", self.overrides))
         )
@@ -207,6 +217,29 @@ class SparseConfig:
             raise ValueError(
                 f"group_size={self.group_size!r} and symmetric={self.symmetric!r} are those of a quantization: choose "
                 f"one of {', '.join(QUANTIZATIONS)}, or leave them out."
+            )
+
+    def _check_allocation(self) -> None:
+        if self.allocation is None:
+            return
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        if self.method == "magnitude" and self.refine is None:
+            raise ValueError(
+                f"allocation={self.allocation!r} does not go with method='magnitude', which sees no data to allocate "
+                "by. Leave one of them out."
+            )
+        if self.pattern is None:
+            return
+        if self.allocation != "error":
+            raise ValueError(
+                f"allocation={self.allocation!r} does not go with pattern {self.pattern!r}, which a matrix has or has "
+                "not: choose allocation='error', or leave one of them out."
+            )
+        implied = resolve_sparsity(None, self.pattern)
+        if self.sparsity == implied:
+            raise ValueError(
+                f"allocation='error' has nothing to choose: pattern {self.pattern!r} in all matrices is a sparsity of "
+                f"{implied:g}. Give a lower sparsity, so that some matrices stay dense."
             )
 
     @property
@@ -270,12 +303,13 @@ class SparseConfig:
         return cls.from_dict(options)
 
 
-def resolve_sparsity(sparsity: float | None, pattern: str | None) -> float:
+def resolve_sparsity(sparsity: float | None, pattern: str | None, some_dense: bool = False) -> float:
     """The fraction of zeros that a sparsity and a pattern ask for together.
 
     Args:
         sparsity: Fraction of zeros in [0, 1), or `None` for what the pattern implies (0.5 without a pattern).
         pattern: `"N:M"` or `None` for unstructured.
+        some_dense: Whether the sparsity may be lower than the pattern's, as where some matrices stay dense.
 
     Raises:
         ValueError: The sparsity is out of range, the pattern is malformed, or the two contradict each other.
@@ -288,6 +322,8 @@ def resolve_sparsity(sparsity: float | None, pattern: str | None) -> float:
         return 0.5 if sparsity is None else float(sparsity)
     n, m = split_pattern(pattern)
     implied = 1 - n / m
+    if some_dense and sparsity is not None and sparsity < implied - 1e-9:
+        return float(sparsity)
     if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-9):
         raise ValueError(
             f"pattern {pattern!r} sets exactly {implied:g} of the weights to zero, but sparsity is {sparsity!r}: "

@@ -236,6 +236,7 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
     linear = sum(2 * g.in_features * g.rows * g.share for g in model.groups) * tokens
     attention = 2 * len(model.blocks) * seqlen * model.hidden * tokens
     forwards = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
+    forwards += config.allocation is not None
     found = {"forward": forwards * (linear + attention) / machine.half}
     kind = statistics_for(config)
     if kind is not None and issubclass(kind, GramStatistics):
@@ -252,8 +253,9 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         # A step of training costs three forwards.
         found["reconstruction"] = 3 * config.reconstruct * (linear + attention) / machine.half
     if offloaded:
-        # The probe, the forward that is measured and the run read everything once.
-        found["reading"] = 3 * model.weights / machine.read
+        # The probe, the forward that is measured and the run read everything once; to allocate, a forward and a look
+        # at the weights do.
+        found["reading"] = (3 + 2 * (config.allocation is not None)) * model.weights / machine.read
     return found
 
 

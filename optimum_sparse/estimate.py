@@ -27,6 +27,7 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
     """
     seconds = 2 * forward if config.true_sequential is False else forward
     seconds *= 2 if config.error_correction else 1
+    seconds += forward * (config.allocation is not None)
     # A step of training costs three forwards.
     seconds += 3 * forward * (config.reconstruct or 0)
     kind = statistics_for(config)

@@ -33,6 +33,7 @@ class PrunableMatrix:
         module: The module that owns the parameter.
         pattern: Which zeros are asked for.
         block: Name of the block it belongs to, or of the weight itself if it stands outside the blocks.
+        overridden: Whether the pattern is that of an override.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PrunableMatrix:
     module: nn.Module
     pattern: Pattern
     block: str
+    overridden: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -202,15 +204,17 @@ class _Choice:
     def matrix(self, weight: Weight, view: View, names: list[str]) -> PrunableMatrix:
         """The matrix, with the pattern asked for it."""
         override, index = self._override(weight, names), self._block(weight)
-        source: Any = override if override else {"sparsity": self._config.sparsity, "pattern": self._config.pattern}
-        pattern = parse_pattern(source.get("sparsity"), source.get("pattern"))
+        if override:
+            pattern = parse_pattern(override.get("sparsity"), override.get("pattern"))
+        else:  # of the two, the pattern says more: an allocation leaves matrices dense until the sparsity is met
+            pattern = parse_pattern(None if self._config.pattern else self._config.sparsity, self._config.pattern)
         if isinstance(pattern, NM) and view.shape[1] % pattern.m:
             raise ValueError(
                 f"Pattern {pattern} does not divide the {view.shape[1]} inputs of {names[0]}: choose an M that "
                 f"divides {view.shape[1]}, or leave this module out with ignore=[{names[0].rsplit('.', 1)[-1]!r}]."
             )
         block = weight.names[0] if index is None else self._blocks[index]
-        return PrunableMatrix(names[0], view, weight.modules[0], pattern, block)
+        return PrunableMatrix(names[0], view, weight.modules[0], pattern, block, bool(override))
 
     def _aliases(self, weight: Weight, names: list[str]) -> list[str]:
         head = ["lm_head" for module in weight.modules if module is self._head]

@@ -187,6 +187,18 @@ def depends_on(config: SparseConfig, batches: Iterable[Mapping[str, Any]]) -> di
     return {"config": options, "calibration data": digest(_batch_bytes(batches))}
 
 
+def kept_allocation(folder: Path | None) -> list[int] | None:
+    """The zeros of each matrix that a run has decided on before its first step, if there is one in a folder.
+
+    Args:
+        folder: Where the progress is kept, if anywhere. Whether it is that of the same run, `Steps` will see.
+    """
+    file = None if folder is None else folder / FINGERPRINT_FILE
+    if file is None or not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8")).get("allocation")
+
+
 def _open(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """See that a folder has the progress of this run, or can be used for it.
 
@@ -215,7 +227,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def _compare(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = _flat(there), _flat(now)
-    hashes = ("weights", "calibration data", "steps")
+    hashes = ("weights", "calibration data", "steps", "allocation")
     differences = [
         f"the {name} differ" if name in hashes else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in dict.fromkeys([*old, *new])

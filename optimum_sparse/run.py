@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocation import allocate, allocated, describe
 from .calibration.batches import split_rows
 from .config import SparseConfig
 from .distributed import Processes
@@ -33,10 +34,10 @@ from .progress import Progress
 from .quantization import Grid
 from .reconstruction import HELD_OUT, hidden_states, reconstruct, relative_error
 from .report import SparsityReport
-from .resume import Steps, depends_on, digest, fingerprint
+from .resume import Steps, depends_on, digest, fingerprint, kept_allocation
 from .solver import Clock, Group, Solved, Solver
 from .spill import Activations
-from .statistics import PairedStatistics, Statistics
+from .statistics import NormStatistics, PairedStatistics, Statistics
 from .trace import Stop, Trace, trace
 from .uses import Use, View, Watched, WeightUses
 
@@ -99,6 +100,7 @@ class PruningRun:
         self._max_memory = max_memory
         self._solver = Solver(config, report, progress, self._residency, processes)
         self._folder = folder
+        self._allocation: list[int] | None = None
         self._paddings = [Padding.of(batch) for batch in batches]
         self._text = text_models(model)
         self._num_twins = 0
@@ -125,7 +127,7 @@ class PruningRun:
         if seen is None or data_free:
             self._data_free(matrices)
         else:
-            self._calibrated(matrices, seen)
+            matrices = self._calibrated(matrices, seen)
         done = {entry.name for entry in self._report.matrices}
         for matrix in matrices:
             if matrix.name not in done:
@@ -200,16 +202,14 @@ class PruningRun:
                 steps.did(block)
             self._residency.settle()
 
-    def _calibrated(self, matrices: Sequence[PrunableMatrix], seen: Trace) -> None:
-        by_view = {matrix.view: matrix for matrix in matrices}
-        # All batches leave an offloaded block before any of them is far ahead.
-        stops = seen.stops(by_view, self._residency.units.intersection(self._blocks))
-        groups: dict[Stop, Group] = {
-            stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in stops
-        }
-        repeated: list[Group] = [[matrix] for matrix in matrices if matrix.view in seen.repeated]
+    def _calibrated(self, matrices: list[PrunableMatrix], seen: Trace) -> list[PrunableMatrix]:
+        """Prune what can be pruned on the calibration data, and return the matrices as they were asked to be."""
+        groups, repeated = self._grouped(matrices, seen)
         self._share_out()
         self._make_plan([*filter(None, groups.values()), *repeated])
+        if self.config.allocation is not None:
+            matrices = self._allocated(matrices, groups, repeated)
+            groups, repeated = self._grouped(matrices, seen)
         stages = {stop: [group] if group else [] for stop, group in groups.items()}
         if self.config.true_sequential is False:
             stages = self._by_block(groups, seen)
@@ -228,11 +228,42 @@ class PruningRun:
         steps.finish()
         busy = sum(self._report.seconds.values()) - busy
         self._solver.spend("forward", clock.elapsed - busy)
+        return matrices
+
+    def _grouped(self, matrices: Sequence[PrunableMatrix], seen: Trace) -> tuple[dict[Stop, Group], list[Group]]:
+        """Matrices by the stop at which they receive a new input, and those that run several times per forward."""
+        by_view = {matrix.view: matrix for matrix in matrices}
+        # All batches leave an offloaded block before any of them is far ahead.
+        stops = seen.stops(by_view, self._residency.units.intersection(self._blocks))
+        groups: dict[Stop, Group] = {
+            stop: [] if isinstance(stop, str) else [by_view[view] for view in stop] for stop in stops
+        }
+        return groups, [[matrix] for matrix in matrices if matrix.view in seen.repeated]
+
+    def _allocated(
+        self, matrices: Sequence[PrunableMatrix], groups: Mapping[Stop, Group], repeated: Sequence[Group]
+    ) -> list[PrunableMatrix]:
+        """The matrices with the sparsity of each, by the norms of their inputs in the dense model."""
+        free = [matrix for matrix in matrices if not matrix.overridden]
+        counts = kept_allocation(self._folder)
+        if counts is None or len(counts) != len(free):
+            entered = [stop for stop in groups if stop in self._residency.units]
+            known = [*filter(None, groups.values()), *repeated]
+            tallies = self._collect(known, partial(self._dense_forwards, entered), NormStatistics)
+            inputs = {m.view: tally.statistics for group, tally in zip(known, tallies, strict=True) for m in group}
+            with self._solver.timed("allocation"):
+                counts = allocate(free, [inputs.get(matrix.view) for matrix in free], self.config)
+            # Of several processes that of the main one counts, to the bit.
+            counts = self._processes.totals(*(count * self._processes.is_main for count in counts))
+        self._allocation = counts
+        self._report.notes += [describe(free, counts, self.config)] if free else []
+        zeros = {matrix.view: count for matrix, count in zip(free, counts, strict=True)}
+        return [matrix if matrix.overridden else allocated(matrix, zeros[matrix.view]) for matrix in matrices]
 
     def _steps(self, members: Mapping[Any, Iterable[PrunableMatrix]]) -> Steps:
         """The steps that prune matrices, with what was done of them before."""
         rows = None if self.plan is None else self.plan.batch_rows
-        how = {"processes": self._processes.count, "windows per forward": rows}
+        how = {"processes": self._processes.count, "windows per forward": rows, "allocation": self._allocation}
         return Steps(
             {step: list(matrices) for step, matrices in members.items()},
             self._model,
@@ -332,17 +363,21 @@ class PruningRun:
             self._report.notes += [f"{matrix.name}: {late}" for matrix in chain(*stages[stop])]
 
     @contextmanager
-    def _lockstep(self, stops: Iterable[Stop], groups: Mapping[Stop, Group]) -> Iterator[Lockstep]:
+    def _lockstep(
+        self, stops: Iterable[Stop], groups: Mapping[Stop, Group], on_use: OnUse | None = None
+    ) -> Iterator[Lockstep]:
         """Forwards that park where they enter the modules among `stops`, and where they use one of `groups`."""
         stop_of = {matrix.view: stop for stop, group in groups.items() for matrix in group}
 
-        def park(use: Use) -> None:
+        def see(index: int, use: Use) -> None:
+            if on_use is not None:
+                on_use(index, use)
             if use.view in stop_of:
                 lockstep.park(stop_of[use.view], use)
 
         def forward(index: int) -> None:
             # The innermost context sees what the model does, and nothing of what the others do to see it.
-            with self._watching(index, park), self._activations.computing(index):
+            with self._watching(index, partial(see, index)), self._activations.computing(index):
                 self._forward(self._batches[index])
 
         lockstep = Lockstep(
@@ -507,6 +542,13 @@ class PruningRun:
         return statistics
 
     # Statistics of many matrices at once.
+
+    def _dense_forwards(self, entered: Sequence[Stop], on_use: OnUse) -> None:
+        """Whole forwards, side by side where they enter offloaded blocks, so that each of these comes in once."""
+        end: Stop = ()  # no batch comes there, so that all of them run to their end
+        with self._activations, self._lockstep([*entered, end], {}, on_use) as lockstep:
+            for _ in lockstep:
+                self._residency.settle()
 
     def _whole_forwards(self, on_use: OnUse) -> None:
         for index, batch in enumerate(self._batches):
@@ -725,9 +767,11 @@ class PruningRun:
         """Bytes that are free on a device, for each of the processes that use it."""
         return available_memory(device) // (self._processes.num_local if device.type == "cpu" else 1)
 
-    def _collect(self, groups: Sequence[Group], forwards: Callable[[OnUse], None]) -> list[_Tally]:
-        """Statistics of the inputs of each group along forwards."""
-        tallies = [_Tally(self._solver.new_statistics(group[0])) for group in groups]
+    def _collect(
+        self, groups: Sequence[Group], forwards: Callable[[OnUse], None], kind: type[Statistics] | None = None
+    ) -> list[_Tally]:
+        """Statistics of the inputs of each group along forwards; of a kind, or that which the solver needs."""
+        tallies = [_Tally(self._solver.new_statistics(group[0], kind)) for group in groups]
         index_of = {matrix.view: index for index, group in enumerate(groups) for matrix in group}
         counted: dict[tuple[int, int], View] = {}
 

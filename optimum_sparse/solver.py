@@ -71,10 +71,11 @@ class Solver:
         """Whether processes can each solve some of the rows."""
         return self._method.apart and not self._config.refine and not self._config.quantization
 
-    def new_statistics(self, matrix: PrunableMatrix) -> Statistics:
-        """Empty statistics for the inputs of a matrix."""
-        assert self.statistics is not None
-        return self.statistics(matrix.shape[1], matrix.device)
+    def new_statistics(self, matrix: PrunableMatrix, kind: type[Statistics] | None = None) -> Statistics:
+        """Empty statistics for the inputs of a matrix, of a kind or that which the method needs."""
+        kind = kind or self.statistics
+        assert kind is not None
+        return kind(matrix.shape[1], matrix.device)
 
     def solve(
         self,

@@ -73,6 +73,11 @@ def test_arithmetic_of_the_papers_models() -> None:
         assert times["statistics"] * h200.half == pytest.approx(gram, rel=0.02)
         assert times["factors"] * h200.double == pytest.approx(factor, rel=0.06)
         assert set(phases(found, SparseConfig(method="wanda"), False, h200)) == {"forward"}
+        # One more forward through the dense model, and a look at its weights.
+        plain = phases(found, SparseConfig(method="wanda"), True, h200)
+        more = phases(found, SparseConfig(method="wanda", allocation="error"), True, h200)
+        assert more["forward"] == pytest.approx(2 * plain["forward"])
+        assert more["reading"] == pytest.approx(5 / 3 * plain["reading"])
 
 
 def test_a_model_that_does_not_fit_stays_on_disk() -> None:

@@ -33,6 +33,7 @@ ORDER = [
     "padding",
     "statistics",
     "methods",
+    "allocation",
     "report",
     "runtime.kernels",
     "runtime.tiles",

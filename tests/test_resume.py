@@ -39,8 +39,8 @@ def weights(model: PreTrainedModel, pruner: SparsePruner, folder: Path) -> tuple
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"true_sequential": False}, {"method": "magnitude"}],
-    ids=["by group", "by block", "without data"],
+    [{}, {"true_sequential": False}, {"method": "magnitude"}, {"allocation": "error"}],
+    ids=["by group", "by block", "without data", "allocated"],
 )
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "zamba2", "offloaded"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -75,6 +75,27 @@ def test_done_blocks_are_not_solved_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Solver, "solve", lambda self, group, *args: solved.extend(group) or solve(self, group, *args))
     pruned(tiny_model(), tmp_path / "progress")
     assert {matrix.block for matrix in solved} == {"model.layers.1"}
+
+
+def test_an_allocation_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was made from is gone where blocks are pruned, and on another machine it might come out otherwise."""
+    pruned(tiny_model(), tmp_path, allocation="error")
+    max(tmp_path.glob("*.safetensors")).unlink()
+
+    def never(*_: object) -> list[int]:
+        raise AssertionError("allocated anew")
+
+    monkeypatch.setattr("optimum_sparse.run.allocate", never)
+    pruner = pruned(tiny_model(), tmp_path, allocation="error")
+    assert len({entry.pattern for entry in pruner.report.matrices}) > 2
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"config\.sparsity was 0\.5 and is 0\.6") as info:
+        pruned(tiny_model(), tmp_path, allocation="error", sparsity=0.6)
+    assert len(str(info.value)) < 400
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"config\.allocation was 'error' and is None; the allocation differ"):
+        pruned(model, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model().parameters(), strict=True))
 
 
 def test_files_hold_what_a_block_is_pruned_to(tmp_path: Path) -> None:

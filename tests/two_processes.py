@@ -49,6 +49,9 @@ for order in (True, False):
         _add(f"{experts} {order}", build, batches_of, true_sequential=order)
 _add(SHOWN, lambda: tiny_model("llama"), _padded, method="magnitude")
 _add("wanda-update", tiny_model, _padded, method="wanda-update", comparison_group="layer")
+for allocation in ("owl", "dlp", "error"):
+    _add(f"allocated {allocation}", tiny_model, _padded, method="wanda", allocation=allocation)
+_add("allocated experts", tiny_mixtral, _padded, allocation="error", pattern="2:4", sparsity=0.3)
 _add("one batch of three rows", tiny_model, lambda model: tiny_batches(1, rows=3, length=96))
 
 

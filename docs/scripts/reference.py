@@ -101,6 +101,7 @@ SECTIONS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
             ("methods/refine.py", ("refine",)),
             ("statistics.py", ("Statistics", "NormStatistics", "GramStatistics")),
             ("methods/hessian.py", ("reversed_cholesky",)),
+            ("allocation.py", ("allocate", "least_loss")),
         ],
     ),
     (

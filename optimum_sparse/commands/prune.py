@@ -41,7 +41,7 @@ examples:
 
 # Group of each field of SparseConfig; a field that stands nowhere belongs to the last group.
 GROUPS = {
-    "how much": ("sparsity", "pattern", "overrides"),
+    "how much": ("sparsity", "pattern", "overrides", "allocation"),
     "what": ("targets", "ignore", "block_range"),
     "calibration": ("dataset", "num_samples", "seqlen", "batch_size", "pack_documents", "seed"),
     "experts": ("min_expert_tokens", "calibrate_all_experts"),

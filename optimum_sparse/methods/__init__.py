@@ -37,6 +37,7 @@ class Method:
         apart: Whether processes may each solve some of the rows: what becomes of a row depends on the others by way of
             `keep_mask` and `by_matrix` alone.
         sweeps: Whether it goes over the columns one by one, for which there is a kernel on GPUs.
+        group: Which weights compete if `comparison_group` does not say: those of one `"output"`, or of the `"layer"`.
         memory: Bytes that it takes for each weight and for each entry of the Gram matrix, besides the latter and the
             weights in the model. Measured: see tests/test_plan.py.
     """
@@ -46,6 +47,7 @@ class Method:
     parallel: bool = False
     apart: bool = False
     sweeps: bool = False
+    group: str = "layer"
     memory: tuple[float, float] = field(kw_only=True)
 
 
@@ -60,13 +62,15 @@ CORRECTION_MEMORY = (16, 12)
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.solve, None, apart=True, memory=(19, 0)),
-    "wanda": Method(wanda.solve, NormStatistics, apart=True, memory=(16, 0)),
+    "wanda": Method(wanda.solve, NormStatistics, apart=True, group="output", memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
     "admm": Method(admm.solve, GramStatistics, parallel=True, memory=(58, 17)),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
     "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
-    "wanda-update": Method(update.solve_wanda, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
+    "wanda-update": Method(
+        update.solve_wanda, GramStatistics, apart=True, sweeps=True, group="output", memory=(19, 5)
+    ),
 }
 
 

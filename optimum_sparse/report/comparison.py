@@ -161,12 +161,13 @@ def _candidate(name: str, report: SparsityReport, text: Mapping[str, Any] | None
     config = report.config
     pattern = config.get("pattern") or f"{config.get('sparsity') or 0:.0%}"
     refined = f" + {config['refine']}" if config.get("refine") else ""
+    allocation = f", {config['allocation']}" if config.get("allocation") else ""
     recovered = ", recovered" if report.recovery else ""
     batches = report.bench["batches"] if report.bench else []
     single = next((batch for batch in batches if batch["batch_size"] == 1), None)
     return Candidate(
         name=name,
-        how=f"{config.get('method')}{refined} {pattern}{recovered}",
+        how=f"{config.get('method')}{refined} {pattern}{allocation}{recovered}",
         zeros=report.sparsity,
         size=report.sizes.get("saved"),
         perplexity=text["perplexity"] if text else None,

@@ -56,6 +56,7 @@ EVERY_FIELD = {
     "quantization": ("--quantization int4", "int4"),
     "group_size": ("--quantization int4 --group-size 32", 32),
     "symmetric": ("--quantization int4 --symmetric", True),
+    "allocation": ("--allocation error", "error"),
 }
 
 
