@@ -128,6 +128,8 @@ class PruningRun:
             self._data_free(matrices)
         else:
             matrices = self._calibrated(matrices, seen)
+        if self.config.error_correction:
+            self._report.notes += self._uncorrected()
         done = {entry.name for entry in self._report.matrices}
         for matrix in matrices:
             if matrix.name not in done:
@@ -135,6 +137,20 @@ class PruningRun:
                     "did not run on the calibration data, or only past its first tokens"
                 )
         return [matrix for matrix in matrices if matrix.name in done]
+
+    def _uncorrected(self) -> list[str]:
+        """What is to be said of matrices that make up for no errors though they were to."""
+        rejected = [block for block, found in self._report.correction.items() if not found["correction"]]
+        left = [e.name for e in self._report.matrices if not e.correction and e.block not in rejected]
+        notes = []
+        if rejected:
+            notes.append(f"errors are not corrected in {', '.join(rejected)}: held-out windows were better without")
+        if left:
+            notes.append(
+                f"errors are not corrected in {len(left)} matrices, {left[0]} among them: they are in no block, run "
+                "several times, or see other tokens in the dense model"
+            )
+        return notes
 
     def _check_processes(self) -> None:
         """See that the processes have the same of everything, before they rely on it."""
@@ -630,7 +646,7 @@ class PruningRun:
                 error += relative_error(output, targets[call.batch]).to(error)
             self._processes.sum_(error)
             errors[correction] = error.item() / max(count, 1)
-        best = min(errors, key=errors.__getitem__)
+        best = min(errors, key=lambda correction: (errors[correction], -correction))
         self._report.correction[block] = {"before": errors[0.0], "after": errors[best], "correction": best}
         return candidates[best]
 

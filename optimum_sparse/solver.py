@@ -104,7 +104,7 @@ class Solver:
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight
                     spent = (clock.elapsed + seconds) / len(group)
-                    entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share)
+                    entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share, correction)
                     solved.append(Solved(matrix, weight, entry, solution.grid))
         return solved
 
@@ -161,6 +161,11 @@ class Solver:
             target = weight
             if correction:
                 assert isinstance(statistics, PairedStatistics)
+                if not statistics.deviation.isfinite().all():
+                    raise ValueError(
+                        "the inputs in the dense model contain NaN or infinity: load it in bfloat16 or float32, or leave "
+                        "out error_correction"
+                    )
                 target = corrected_target(weight, statistics, correction)
             solution = self._method.solve(target, statistics, stack[0].pattern, self._config, rows)
             if self._config.refine:
@@ -202,6 +207,7 @@ class Solver:
         statistics: Statistics | None,
         seconds: float,
         layer_share: float,
+        correction: float,
     ) -> MatrixReport:
         notes = []
         if solution.damping is not None and solution.damping > self._config.dampening_frac:
@@ -222,6 +228,7 @@ class Solver:
             residual=solution.residual,
             seconds=seconds,
             notes=tuple(notes),
+            correction=correction if isinstance(statistics, PairedStatistics) and statistics.num_paired else 0.0,
         )
 
 

@@ -15,7 +15,7 @@ from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.methods import METHODS, correction
 from optimum_sparse.methods.correction import DAMPING
 from optimum_sparse.patterns import Unstructured
-from optimum_sparse.statistics import GramStatistics
+from optimum_sparse.statistics import GramStatistics, PairedStatistics
 
 from .helpers import tiny_batches, tiny_mixtral, tiny_model
 
@@ -166,6 +166,9 @@ def test_what_does_not_help_is_not_taken(monkeypatch: pytest.MonkeyPatch):
     report = pruned(corrected, correction=1.0).report
     pruned(plain, correction=None)
     second = report.correction["model.layers.1"]
+    assert (
+        report.notes[-1].startswith("errors are not corrected in model.layers.") and "were better" in report.notes[-1]
+    )
     assert second["correction"] == 0 and second["after"] == second["before"] > 0
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in corrected.named_parameters())
 
@@ -180,3 +183,20 @@ def test_the_report_has_the_errors_of_held_out_batches():
     first, second = report.correction.values()
     assert first["after"] == pytest.approx((difference / reference).mean().item(), rel=1e-4)
     assert second["after"] < second["before"] and second["correction"] == 0.5
+
+
+def test_the_report_has_what_is_not_corrected():
+    report = pruned(tiny_mixtral(), ignore=[]).report
+    left = [entry.name for entry in report.matrices if not entry.correction]
+    assert any("experts" in name for name in left) and "lm_head" in left
+    assert {entry.correction for entry in report.matrices if "self_attn" in entry.name} == {0.5}
+    assert report.notes[-1].startswith(f"errors are not corrected in {len(left)} matrices, {left[0]} among them")
+
+
+def test_inputs_that_overflow_in_the_dense_model_alone_are_refused(monkeypatch: pytest.MonkeyPatch):
+    add = PairedStatistics.add_deviation
+    monkeypatch.setattr(
+        PairedStatistics, "add_deviation", lambda self, inputs, dense: add(self, inputs, dense * float("inf"))
+    )
+    with pytest.raises(ValueError, match=r"q_proj.*: the inputs in the dense model contain NaN or infinity"):
+        pruned(tiny_model())

@@ -39,6 +39,7 @@ class MatrixReport:
         residual: How far an iterative method was from convergence when it stopped, or `None`.
         seconds: Time of its statistics and its share of the solve.
         notes: Whatever did not go the ordinary way.
+        correction: How much of the errors in its inputs it makes up for.
     """
 
     name: str
@@ -54,6 +55,7 @@ class MatrixReport:
     residual: float | None
     seconds: float
     notes: tuple[str, ...] = ()
+    correction: float = 0.0
 
     @property
     def sparsity(self) -> float:
