@@ -578,8 +578,9 @@ class PruningRun:
         entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
         module, outputs, dense_outputs = self._model.get_submodule(block), {}, {}
         calls, twins = self._apart(calls)
-        # Not to be corrected for, but to see on what the correction is worth.
-        held_out = {call.batch for call in calls[:: min(HELD_OUT, len(calls))]} if len(calls) > 1 else set()
+        # To see what the correction is worth; the same ones however many processes there are.
+        number = {call.batch: call.batch * self._processes.count + self._processes.index for call in calls}
+        held_out = {batch for batch in number if self._num_batches > 1 and number[batch] % HELD_OUT == 0}
 
         def forwards(on_use: OnUse) -> None:
             for call in calls:

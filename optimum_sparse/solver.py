@@ -163,8 +163,8 @@ class Solver:
                 assert isinstance(statistics, PairedStatistics)
                 if not statistics.deviation.isfinite().all():
                     raise ValueError(
-                        "the inputs in the dense model contain NaN or infinity: load it in bfloat16 or float32, or leave "
-                        "out error_correction"
+                        "the inputs in the dense model contain NaN or infinity: load it in bfloat16 or float32, or "
+                        "leave out error_correction"
                     )
                 target = corrected_target(weight, statistics, correction)
             solution = self._method.solve(target, statistics, stack[0].pattern, self._config, rows)

@@ -52,6 +52,7 @@ _add("wanda-update", tiny_model, _padded, method="wanda-update", comparison_grou
 for allocation in ("owl", "dlp", "error"):
     _add(f"allocated {allocation}", tiny_model, _padded, method="wanda", allocation=allocation)
 _add("allocated experts", tiny_mixtral, _padded, allocation="error", pattern="2:4", sparsity=0.3)
+_add("corrected", tiny_model, _padded, error_correction=0.5)
 _add("one batch of three rows", tiny_model, lambda model: tiny_batches(1, rows=3, length=96))
 
 
