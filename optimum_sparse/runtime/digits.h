@@ -1,11 +1,11 @@
 /* Products of codes in whole numbers: included by kernels.c, with TARGET for AVX-512 VBMI2 and VNNI.
  *
- * The inputs of a tile are rounded to whole numbers of 23 bits, which are multiples of a power of two, so that the error
- * is at most 2^-22 of the largest of them; in bfloat16 only inputs smaller than 2^-14 of it are rounded at all. Such a
- * number is three digits to the base 256, from -128 to 127. vpdpbusd multiplies codes with digits and adds them up four
- * by four; nothing is rounded until the sums of a tile become float32.
+ * The inputs of a tile are rounded to multiples of a power of two, whole numbers below 2^23, so that the error is at most
+ * 2^-22 of the largest of them (2^-23, unless that is close to a power of two); of bfloat16, only inputs smaller than
+ * 2^-14 of it are rounded at all. Such a number is three digits to the base 256, from -128 to 127. vpdpbusd multiplies
+ * codes with digits and adds them up four by four; nothing is rounded until the sums of a tile become float32.
  */
-enum { NUM_DIGITS = 3, LARGEST_BIT = 21 };
+enum { NUM_DIGITS = 3, LARGEST_BIT = 22 };
 
 typedef struct {
     int8_t digits[NUM_DIGITS][QUANTIZED_COLUMNS]; /* the lowest first */
@@ -24,11 +24,15 @@ TARGET static int tile_to_digits(const float *x, digits *out)
         const __m512i bits = _mm512_loadu_si512(x + j);
         most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
     }
-    const int exponent = _mm512_reduce_max_epi32(most) >> 23; /* as it is stored, 127 more than it is */
-    if (exponent == 0xff)
+    const int largest = _mm512_reduce_max_epi32(most);
+    if (largest >= 0x7f800000)
         return 0;
+    /* As it is stored, 127 more than it is; one more close to the next power of two, for
+     * which the highest digit has no place. */
+    const int exponent = (largest + 0x20000) >> 23;
     /* 2^(LARGEST_BIT - exponent), and its inverse; neither may be subnormal. */
-    const uint32_t bits = (uint32_t)(254 + LARGEST_BIT - MAX(exponent, 2 * LARGEST_BIT)) << 23, inverse = (254u << 23) - bits;
+    const uint32_t bits = (uint32_t)(254 + LARGEST_BIT - MAX(exponent, LARGEST_BIT + 1)) << 23;
+    const uint32_t inverse = (254u << 23) - bits;
     float factor;
     memcpy(&factor, &bits, sizeof factor);
     memcpy(&out->step, &inverse, sizeof out->step);
