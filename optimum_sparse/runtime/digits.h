@@ -1,11 +1,12 @@
-/* Products of codes in whole numbers: included by kernels.c, with TARGET for AVX-512 VBMI2 and VNNI.
+/* Products of codes with a few vectors, in whole numbers: included by kernels.c, with TARGET for AVX-512 VBMI2 and VNNI.
  *
- * The inputs of a tile are rounded to whole numbers of 23 bits, which are multiples of a power of two, so that the error
- * is at most 2^-22 of the largest of them; in bfloat16 only inputs smaller than 2^-14 of it are rounded at all. Such a
- * number is three digits to the base 256, from -128 to 127. vpdpbusd multiplies codes with digits and adds them up four
- * by four; nothing is rounded until the sums of a tile become float32.
+ * The inputs of a tile are rounded to multiples of a power of two, whole numbers below 2^23, so that the error is at most
+ * 2^-22 of the largest of them (2^-23, unless that is close to a power of two); of bfloat16, only inputs smaller than
+ * 2^-14 of it are rounded at all. Such a number is three digits to the base 256, from -128 to 127. vpdpbusd multiplies
+ * codes with digits and adds them up four by four; nothing is rounded until the sums of a tile become float32.
  */
-enum { NUM_DIGITS = 3, LARGEST_BIT = 21 };
+/* For more tokens it is faster to make bfloat16 weights of the codes. */
+enum { NUM_DIGITS = 3, LARGEST_BIT = 22, DIGITS_TOKENS = 4 };
 
 typedef struct {
     int8_t digits[NUM_DIGITS][QUANTIZED_COLUMNS]; /* the lowest first */
@@ -24,11 +25,15 @@ TARGET static int tile_to_digits(const float *x, digits *out)
         const __m512i bits = _mm512_loadu_si512(x + j);
         most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
     }
-    const int exponent = _mm512_reduce_max_epi32(most) >> 23; /* as it is stored, 127 more than it is */
-    if (exponent == 0xff)
+    const int largest = _mm512_reduce_max_epi32(most);
+    if (largest >= 0x7f800000)
         return 0;
+    /* As it is stored, 127 more than it is; one more close to the next power of two, for
+     * which the highest digit has no place. */
+    const int exponent = (largest + 0x20000) >> 23;
     /* 2^(LARGEST_BIT - exponent), and its inverse; neither may be subnormal. */
-    const uint32_t bits = (uint32_t)(254 + LARGEST_BIT - MAX(exponent, 2 * LARGEST_BIT)) << 23, inverse = (254u << 23) - bits;
+    const uint32_t bits = (uint32_t)(254 + LARGEST_BIT - MAX(exponent, LARGEST_BIT + 1)) << 23;
+    const uint32_t inverse = (254u << 23) - bits;
     float factor;
     memcpy(&factor, &bits, sizeof factor);
     memcpy(&out->step, &inverse, sizeof out->step);
@@ -49,11 +54,11 @@ TARGET static int tile_to_digits(const float *x, digits *out)
     return 1;
 }
 
-/* Vectors x[tokens, columns]; returns 0 if there is infinity or NaN. */
+/* out[num_tiles, tokens] of vectors x[tokens, columns]; returns 0 if there is infinity or NaN. */
 TARGET static int to_digits(const void *x, enum type type, int64_t tokens, int64_t columns, int64_t num_tiles, digits *out)
 {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t tile = 0; tile < num_tiles; tile++, out++) {
+    for (int64_t tile = 0; tile < num_tiles; tile++)
+        for (int64_t t = 0; t < tokens; t++, out++) {
             const int64_t start = t * columns + tile * QUANTIZED_COLUMNS;
             const int width = MIN(QUANTIZED_COLUMNS, columns - tile * QUANTIZED_COLUMNS);
             float inputs[QUANTIZED_COLUMNS] = {0};
@@ -102,7 +107,7 @@ TARGET INLINE __m512 digits_madd(const __m512i *codes, __m512i zero, const digit
 TARGET INLINE void digits_block(const uint8_t *masks, const uint32_t *grids, const uint8_t *codes, const digits *x,
                                 int64_t tokens, int64_t num_tiles, __m512 *sums)
 {
-    for (int64_t tile = 0; tile < num_tiles; tile++, x++, grids += TILE_ROWS) {
+    for (int64_t tile = 0; tile < num_tiles; tile++, x += tokens, grids += TILE_ROWS) {
         for (int line = 0; line < 128; line += 64)
             __builtin_prefetch(masks + 4096 + line);
         for (int line = 0; line < 512; line += 64)
@@ -123,9 +128,8 @@ TARGET INLINE void digits_block(const uint8_t *masks, const uint32_t *grids, con
                 codes += popcount_64(masks);
             }
             for (int64_t t = 0; t < tokens; t++) {
-                const digits *input = x + t * num_tiles;
-                const __m512 sum = digits_madd(row_codes, _mm512_set1_epi32(zeros[row]), input);
-                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(scales[row]), _mm512_set1_ps(input->step));
+                const __m512 sum = digits_madd(row_codes, _mm512_set1_epi32(zeros[row]), x + t);
+                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(scales[row]), _mm512_set1_ps(x[t].step));
                 sums[t * TILE_ROWS + row] = _mm512_fmadd_ps(sum, factor, sums[t * TILE_ROWS + row]);
             }
         }

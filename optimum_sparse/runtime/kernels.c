@@ -326,9 +326,9 @@ TARGET INLINE int avx512_popcount(const uint8_t *mask)
 #undef STORE
 #undef MADD
 
-/* ------------------------------------------------------------------------------------- AVX-512 VBMI2 and BF16 */
+/* ------------------------------------------------------------------------------- AVX-512 VBMI2, VNNI and BF16 */
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,avx512bf16,popcnt")))
 
 TARGET INLINE __m512i avx512_bf16_spread(const uint8_t *mask, const uint16_t *values)
 {
@@ -337,6 +337,20 @@ TARGET INLINE __m512i avx512_bf16_spread(const uint8_t *mask, const uint16_t *va
     __asm__("kmovd %1, %0" : "=Yk"(k) : "m"(*(const uint32_t(*)[1])mask));
     __asm__("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(weights) : "Yk"(k));
     return weights;
+}
+
+TARGET INLINE __m512i avx512_bf16_expand_int8(const uint8_t *mask, const uint8_t *codes, uint32_t grid)
+{
+    __mmask32 k;
+    __m256i c = _mm256_loadu_si256((const __m256i *)codes), zeros = _mm256_set1_epi8(zero_of(grid));
+    __asm__("kmovd %1, %0" : "=Yk"(k) : "m"(*(const uint32_t(*)[1])mask));
+    __asm__("vpexpandb %1, %0%{%2%}" : "+v"(zeros) : "v"(c), "Yk"(k));
+    const __m512i zero = _mm512_set1_epi32(zero_of(grid));
+    const __m512i low = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(zeros)), zero);
+    const __m512i high = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(zeros, 1)), zero);
+    const __m512 scale = _mm512_set1_ps(scale_of(grid));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtepi32_ps(high), scale),
+                                        _mm512_mul_ps(_mm512_cvtepi32_ps(low), scale));
 }
 
 #define INPUT uint16_t
@@ -353,19 +367,18 @@ TARGET INLINE __m512i avx512_bf16_spread(const uint8_t *mask, const uint16_t *va
 #define WIDEN _mm512_loadu_si512
 #include "tiles.h"
 
-#undef TARGET
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512vnni,avx512bf16,popcnt")))
+#undef NAME
+#undef VALUE
+#undef EXPAND
+#undef WIDEN
+
+#define NAME(function) avx512_bf16_int8_##function
+#define QUANTIZED
+#define VALUE uint8_t
+#define EXPAND avx512_bf16_expand_int8
+#include "tiles.h"
 
 #include "digits.h"
-
-TARGET static void narrow(const float *from, int64_t n, uint16_t *to)
-{
-    for (int64_t j = 0; j < n; j += 16) {
-        const __mmask16 rest = n - j < 16 ? (1 << (n - j)) - 1 : 0xffff;
-        const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, from + j));
-        _mm512_mask_cvtepi32_storeu_epi16(to + j, rest, _mm512_cvtepu16_epi32((__m256i)half));
-    }
-}
 
 /* The tiles of a full block, for `tiles_unpack`; return the next value. */
 TARGET static const uint16_t *unpack_16_bits(const uint8_t *masks, const uint16_t *values, int64_t num_tiles,
@@ -417,8 +430,9 @@ int level_supported(enum level level)
     case AVX512:
         return __builtin_cpu_supports("avx512f");
     case AVX512_BF16:
-        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") &&
-               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+               __builtin_cpu_supports("avx512bf16");
     default:
         break;
     }
@@ -432,7 +446,7 @@ typedef struct {
                    float *, float *);
     const void *(*expand)(const uint8_t *, const uint32_t *, const void *, int64_t, int64_t, void *);
     float (*dot)(const void *, const void *, int64_t);
-    int input_size; /* bytes: 2 takes bfloat16 as it is, 4 needs float32, DIGITS_SIZE needs digits */
+    int input_size; /* bytes: 2 takes bfloat16 as it is, 4 needs float32, DIGITS_SIZE digits */
 } functions;
 
 #define FUNCTIONS(name, dot, size)                                                                                    \
@@ -449,9 +463,16 @@ static const functions table[NUM_LEVELS][3] = {
     {LEVEL_FUNCTIONS(avx2)},
     {LEVEL_FUNCTIONS(avx512)},
     {FUNCTIONS(avx512_bf16, avx512_bf16_dot, 2), FUNCTIONS(avx512_float32, avx512_float32_dot, 4),
-     {(void *)digits_matvec, (void *)digits_matmat, (void *)avx512_int8_expand, NULL, DIGITS_SIZE}},
+     FUNCTIONS(avx512_bf16_int8, NULL, 2)},
 #endif
 };
+
+static functions functions_for(enum level level, const tiles *matrix)
+{
+    if (!matrix->grids)
+        return table[level][matrix->type];
+    return table[level == AVX512_BF16 && matrix->type == FLOAT32 ? AVX512 : level][CODES];
+}
 
 INLINE int64_t up_to_multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
@@ -476,20 +497,6 @@ static void prepare(const void *x, enum type type, int64_t tokens, int64_t colum
     }
 }
 
-/* Weights as a matrix of this type has them. */
-static void write_row(enum level level, const float *weights, int64_t n, enum type type, void *out)
-{
-    if (type == FLOAT32)
-        memcpy(out, weights, n * sizeof(float));
-#if defined(__x86_64__)
-    else if (level == AVX512_BF16)
-        narrow(weights, n, out);
-#endif
-    else
-        for (int64_t j = 0; j < n; j++)
-            ((uint16_t *)out)[j] = bfloat16_of(weights[j]);
-}
-
 INLINE void write_output(float value, const void *bias, int64_t row, enum type type, void *out, int64_t place)
 {
     if (type == FLOAT32)
@@ -501,7 +508,11 @@ INLINE void write_output(float value, const void *bias, int64_t row, enum type t
 int tiles_linear(enum level level, const tiles *matrix, const void *x, int64_t tokens, const void *bias, void *out,
                  int threads)
 {
-    const functions f = table[level][matrix->grids ? CODES : matrix->type];
+    functions f = functions_for(level, matrix);
+#if defined(__x86_64__)
+    if (level == AVX512_BF16 && matrix->grids && tokens <= DIGITS_TOKENS)
+        f = (functions){(void *)digits_matvec, (void *)digits_matmat, NULL, NULL, DIGITS_SIZE};
+#endif
     const int size = stored_size(matrix), width = tile_columns(matrix);
     const int64_t num_tiles = (matrix->columns + width - 1) / width, stride = num_tiles * width;
     const int64_t blocks = (matrix->rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -630,21 +641,29 @@ DEFINE_MOVES(32, uint32_t)
 
 static void unpack_quantized(enum level level, const tiles *matrix, int64_t first, int64_t last, void *out, int threads)
 {
+    const functions f = functions_for(level, matrix);
     const int64_t columns = matrix->columns, num_tiles = (columns + QUANTIZED_COLUMNS - 1) / QUANTIZED_COLUMNS;
     const int size = value_size(matrix->type);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = first / TILE_ROWS; block < (last + TILE_ROWS - 1) / TILE_ROWS; block++) {
         const uint8_t *masks = matrix->masks + block * num_tiles * QUANTIZED_COLUMNS / 8 * TILE_ROWS;
         const uint32_t *grids = matrix->grids + block * num_tiles * TILE_ROWS;
-        const void *codes = (const char *)matrix->values + matrix->offsets[block];
+        const void *codes = (const uint8_t *)matrix->values + matrix->offsets[block];
         char *to = (char *)out + (block * TILE_ROWS - first) * columns * size;
         const int rows = MIN(TILE_ROWS, last - block * TILE_ROWS);
-        _Alignas(64) float weights[TILE_ROWS * CHUNK];
+        _Alignas(64) char weights[TILE_ROWS * CHUNK * sizeof(float)];
         for (int64_t start = 0; start < columns; start += CHUNK) {
-            const int64_t width = MIN(CHUNK, columns - start), stop = start / QUANTIZED_COLUMNS + CHUNK / QUANTIZED_COLUMNS;
-            codes = table[level][CODES].expand(masks, grids, codes, start / QUANTIZED_COLUMNS, MIN(stop, num_tiles), weights);
-            for (int row = 0; row < rows; row++)
-                write_row(level, weights + row * CHUNK, width, matrix->type, to + (row * columns + start) * size);
+            const int64_t width = MIN(CHUNK, columns - start), tile = start / QUANTIZED_COLUMNS;
+            codes = f.expand(masks, grids, codes, tile, MIN(tile + CHUNK / QUANTIZED_COLUMNS, num_tiles), weights);
+            for (int row = 0; row < rows; row++) {
+                const char *from = weights + row * CHUNK * f.input_size;
+                char *place = to + (row * columns + start) * size;
+                if (f.input_size == size)
+                    memcpy(place, from, width * size);
+                else
+                    for (int64_t j = 0; j < width; j++)
+                        ((uint16_t *)place)[j] = bfloat16_of(((const float *)from)[j]);
+            }
         }
     }
 }

@@ -3,9 +3,9 @@
 Three measurements, each with all its variants in turn in one process, medians reported:
 
 - the linear layers of a decoder, which are larger than the cache, one token at a time: `F.linear`, the dense products
-  that are faster (oneDNN's with prepacked weights, and `DenseLinear`), and `SparseLinear`;
+  that are faster (oneDNN's with prepacked weights, and `DenseLinear`), and `SparseLinear`, also quantised to 8 bits;
 - `generate` on the random model that has these layers: as Transformers loads it, with the fastest dense product for
-  each layer, and pruned;
+  each layer, pruned, and pruned and quantised;
 - the same on SmolLM2-135M-Instruct.
 
 The bandwidth at which weights are read stands beside the largest that a plain sum of the same memory reaches.
@@ -27,9 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from optimum_sparse import sparsify_for_inference
+from optimum_sparse import SparseConfig, sparsify_for_inference
 from optimum_sparse.loading import load_model
-from optimum_sparse.runtime import Tiles, kernels, ops
+from optimum_sparse.quantization import Grid, Rounding
+from optimum_sparse.runtime import QuantizedTiles, Tiles, kernels, ops
 from optimum_sparse.runtime.bench import generation_speeds
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 5632, 12, 32000
@@ -69,12 +70,22 @@ def pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
     return weight.masked_fill(weight.abs() <= threshold, 0)
 
 
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+    """The weight on a grid of 8 bits, and the grid."""
+    rounding = Rounding(weight.float(), SparseConfig(quantization="int8"))
+    rounding.enter(weight.float().T, 0, weight.shape[1])
+    return rounding.grid.round(weight).to(weight.dtype), rounding.grid
+
+
 class Linears:
     """The weights of all linear layers of the decoder, in each form."""
 
     def __init__(self, dtype: torch.dtype, sparsities: list[float]) -> None:
         self.dense = [torch.randn(shape).to(dtype) for _ in range(LAYERS) for shape in SHAPES]
         self.sparse = {s: [Tiles.pack(pruned(weight, s)) for weight in self.dense] for s in sparsities}
+        self.int8 = {
+            s: [QuantizedTiles.pack(*quantized(pruned(weight, s))) for weight in self.dense] for s in sparsities
+        }
         self.inputs = {columns: torch.randn(1, columns).to(dtype) for columns in {c for _, c in SHAPES}}
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.prepacked = [reorder(weight, 1) for weight in self.dense] if dtype == torch.bfloat16 else []
@@ -100,6 +111,12 @@ class Linears:
             parts = (tiles.masks, tiles.values, tiles.offsets)
             ops.tiles_linear(self.inputs[tiles.shape[1]], *parts, None, *tiles.shape)
 
+    def codes(self, sparsity: float) -> None:
+        """Our product of a sparse weight of 8 bits."""
+        for tiles in self.int8[sparsity]:
+            parts = (tiles.masks, tiles.codes, tiles.offsets, tiles.grids)
+            ops.quantized_linear(self.inputs[tiles.shape[1]], *parts, None, *tiles.shape)
+
 
 def measure_linears(linears: Linears, repeats: int) -> dict[str, Any]:
     """Milliseconds for one token through all layers, and the speed-ups."""
@@ -108,9 +125,11 @@ def measure_linears(linears: Linears, repeats: int) -> dict[str, Any]:
     if linears.prepacked:
         variants["dense, oneDNN prepacked"] = linears.onednn
     variants |= {f"sparse, {s:.0%}": (lambda s=s: linears.packed(s)) for s in linears.sparse}
+    variants |= {f"sparse int8, {s:.0%}": (lambda s=s: linears.codes(s)) for s in linears.int8}
     seconds = in_turn({**variants, "sum": everything.sum}, repeats)
     bytes_read = dict.fromkeys(variants, sum(weight.nbytes for weight in linears.dense))
     bytes_read |= {f"sparse, {s:.0%}": sum(t.nbytes for t in tiles) for s, tiles in linears.sparse.items()}
+    bytes_read |= {f"sparse int8, {s:.0%}": sum(t.nbytes for t in tiles) for s, tiles in linears.int8.items()}
     ceiling = everything.nbytes / seconds["sum"]
     best = min(seconds[name] for name in variants if not name.startswith("sparse"))
     print(f"\nLinear layers, one token, {torch.get_num_threads()} threads; a plain sum reads {ceiling / 1e9:.1f} GB/s")
@@ -154,6 +173,15 @@ def prune(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
     return model
 
 
+def quantize(model: PreTrainedModel) -> dict[str, Grid]:
+    """Round each linear layer of the decoder to a grid, by its name."""
+    grids = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "layers." in name:
+            module.weight.data, grids[name] = quantized(module.weight.data)
+    return grids
+
+
 def measure_model(model: PreTrainedModel, label: str, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of `generate`, for the dense model and the pruned ones."""
     models = {"Transformers": model, "best dense": copy.deepcopy(model)}
@@ -162,6 +190,9 @@ def measure_model(model: PreTrainedModel, label: str, options: argparse.Namespac
         name = f"sparse, {sparsity:.0%}"
         models[name] = prune(copy.deepcopy(model), sparsity)
         reports[name] = sparsify_for_inference(models[name])
+        name = f"int8, {sparsity:.0%}"
+        models[name] = prune(copy.deepcopy(model), sparsity)
+        reports[name] = sparsify_for_inference(models[name], grids=quantize(models[name]))
     repeats = max(3, options.repeats // 3)
     decode = generation_speeds(models, 1, 16, 64, repeats)
     prefill = generation_speeds(models, 1, options.prompt_tokens, 2, repeats)

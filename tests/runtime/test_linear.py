@@ -1,4 +1,4 @@
-"""`SparseLinear` and `DenseLinear` behave as the `nn.Linear` that they stand for."""
+"""`SparseLinear`, quantised or not, and `DenseLinear` behave as the `nn.Linear` that they stand for."""
 
 import copy
 import threading
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_sparse.runtime import DenseLinear, SparseLinear, ops
+from optimum_sparse.quantization import Grid
+from optimum_sparse.runtime import DenseLinear, SparseLinear, Tiles, ops
 
 FORMS = [SparseLinear, DenseLinear]
 
@@ -23,6 +24,15 @@ def linear(out_features: int = 40, in_features: int = 70, bias: bool = True, see
 
 def inputs(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized_linear(seed: int = 0) -> tuple[nn.Linear, Grid]:
+    """A layer in float32 on a grid with scales of all rows."""
+    dense = linear(seed=seed)
+    grid = Grid(torch.linspace(0.001, 0.01, 40).bfloat16()[:, None], torch.full((40, 1), 99, dtype=torch.uint8), 8, -1)
+    with torch.no_grad():
+        dense.weight.copy_(grid.round(dense.weight))
+    return dense, grid
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -132,3 +142,44 @@ def test_repr_says_how_sparse_it_is():
     with torch.no_grad():
         dense.weight.copy_(torch.arange(256).view(8, 32) % 4 == 0)
     assert repr(SparseLinear.from_linear(dense)) == "SparseLinear(32, 8, bias=False, zeros=75.00%)"
+
+
+@pytest.mark.parametrize("shape", [(70,), (2, 3, 70), (2, 200, 70), (0, 70)], ids=str)
+def test_quantized_output_and_gradient(shape: tuple[int, ...]):
+    dense, grid = quantized_linear()
+    layer, x = SparseLinear.from_linear(dense, grid), inputs(*shape).requires_grad_()
+    assert layer.quantized and not SparseLinear.from_linear(dense).quantized
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), dense(x))
+    (expected,) = torch.autograd.grad(dense(x).square().sum(), x)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_quantized_state_dict_is_that_of_the_dense_layer():
+    dense, grid = quantized_linear()
+    layer, other = SparseLinear.from_linear(dense, grid), linear(seed=1)
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
+    copied = copy.deepcopy(layer)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.weight, other.weight) and not layer.quantized and isinstance(layer.tiles, Tiles)
+    assert torch.equal(copied.weight, dense.weight) and copied.quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_type_of_a_quantized_layer_can_be_changed(dtype: torch.dtype):
+    dense, grid = quantized_linear()
+    layer = SparseLinear.from_linear(dense, grid).to(dtype)
+    assert torch.equal(layer.weight, dense.weight.to(dtype))
+    x = inputs(3, 70).to(dtype)
+    close = {} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}  # the weights themselves are not rounded
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), dense.to(dtype)(x), **close)
+
+
+def test_quantized_layer_compiles_without_a_graph_break():
+    (dense, grid), x = quantized_linear(), inputs(2, 70)
+    model = nn.Sequential(SparseLinear.from_linear(dense, grid), nn.ReLU())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), dense(x).relu())
+    assert "quantized=True" in repr(model)

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparsePruner, sparsify_for_inference
 from optimum_sparse.commands.inspect import inspect
-from optimum_sparse.runtime import gpu, kernels, semi_structured, sparsify
+from optimum_sparse.runtime import SparseLinear, gpu, kernels, semi_structured, sparsify
+from optimum_sparse.saving import GRIDS_FILE
 
 from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
 from .levels import use_level
@@ -38,6 +39,20 @@ def three_layers() -> nn.Module:
     for name in ("pruned", "wide"):
         model[name].weight.data.view(-1)[::2] = 0
     return model
+
+
+def quantized(dtype: torch.dtype = torch.bfloat16, **options) -> tuple[nn.Module, SparsePruner]:
+    """A tiny model at 50 %, on grids of 8 bits."""
+    model = tiny_model("llama").to(dtype)
+    settings = {"method": "magnitude", "quantization": "int8", "group_size": -1, **options}
+    pruner = SparsePruner(progress=False, **settings)
+    pruner.prune(model)
+    return model, pruner
+
+
+def choices(report) -> set[str]:
+    """Of the layers that were pruned."""
+    return {layer.choice for layer in report.layers if layer.names != ["lm_head"]}
 
 
 def give_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[dict[str, list[str]]]:
@@ -194,6 +209,93 @@ def test_memory_packs_all_that_become_smaller():
     assert report.layers[0].reason == "not packed: it has too few zeros to become smaller"
     assert report.bytes == 64 * 64 * 4 + sum(model[name].tiles.nbytes for name in ("pruned", "wide"))
     assert report.dense_bytes == 64 * (64 + 64 + 128) * 4
+
+
+@pytest.mark.parametrize("way", ["grids", "folder", "file"])
+def test_quantised_models_keep_a_byte_for_each_weight(way: str, tmp_path: Path):
+    model, pruner = quantized()
+    dense = copy.deepcopy(model)
+    pruner.save(model, tmp_path)
+    given = {"grids": pruner.grids, "folder": tmp_path, "file": str(tmp_path / GRIDS_FILE)}[way]
+    report = sparsify_for_inference(model, prefer="memory", grids=given)
+    assert choices(report) == {"int8"}
+    assert all(layer.reason is None for layer in report.layers if layer.choice == "int8")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert layers and all(layer.quantized for layer in layers)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_grids_beside_the_checkpoint_are_found(compressed: bool, tmp_path: Path):
+    model, pruner = quantized()
+    pruner.save(model, tmp_path, compressed=compressed)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert choices(sparsify_for_inference(loaded, prefer="memory")) == {"int8"}
+    (tmp_path / GRIDS_FILE).write_bytes(b"nothing")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    report = sparsify_for_inference(loaded, prefer="memory")
+    assert choices(report) == {"sparse"} and "not as int8: the grids of" in str(report)
+
+
+def test_why_a_quantised_model_keeps_its_type():
+    model, _ = quantized()
+    report = sparsify_for_inference(model, prefer="memory")
+    assert choices(report) == {"sparse"}
+    assert "not as int8: the model is quantised, but there is no quantization/grids.safetensors where" in str(report)
+    assert "give grids=pruner.grids" in str(report)
+
+    model, pruner = quantized(group_size=16)
+    report = sparsify_for_inference(model, prefer="memory", grids=pruner.grids)
+    assert choices(report) == {"sparse"} and "its grid has 16 inputs, which is no multiple of 128" in str(report)
+
+    model, pruner = quantized()
+    model.model.layers[0].self_attn.q_proj.weight.data[0, :2] = torch.tensor([0.0173, 0.0371])
+    report = sparsify_for_inference(model, prefer="memory", grids=pruner.grids)
+    assert choices(report) == {"int8", "sparse"}
+    (left,) = (layer for layer in report.layers if layer.choice == "sparse")
+    assert left.names == ["model.layers.0.self_attn.q_proj"] and "weights are not on the grid" in left.reason
+
+    model, pruner = quantized(torch.float16)
+    report = sparsify_for_inference(model, prefer="memory", grids=pruner.grids)
+    assert choices(report) == {"sparse"} and "no kernels for codes in torch.float16" in str(report)
+
+
+def test_models_that_are_not_quantised_need_no_grids(tmp_path: Path):
+    model, pruner = tiny_model("llama"), SparsePruner(method="magnitude", sparsity=0.5, progress=False)
+    pruner.prune(model)
+    report = sparsify_for_inference(model, prefer="memory")
+    assert choices(report) == {"sparse"} and all(layer.reason is None for layer in report.layers[:-1])
+    with pytest.raises(FileNotFoundError, match=r"give the folder that SparsePruner\.save wrote"):
+        sparsify_for_inference(model, grids=tmp_path)
+
+
+@pytest.mark.parametrize(("int8", "choice"), [(30, "int8"), (50, "sparse"), (39.5, "sparse")])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_quantised_layers_are_timed_in_all_forms(
+    monkeypatch: pytest.MonkeyPatch, int8: float, choice: str, batch_size: int
+):
+    measured = give_times(monkeypatch, torch=100, dense=60, sparse=40, int8=int8)
+    model, pruner = quantized()
+    report = sparsify_for_inference(model, batch_size, grids=pruner.grids)
+    assert choices(report) == {choice}
+    ways = ["torch", *(["dense"] if batch_size == 1 else []), "sparse", "int8"]
+    assert all(list(forms) in (ways, ["torch", "dense"]) for forms, _ in measured)
+    assert "µs int8" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_of_a_quantised_model(dtype: torch.dtype):
+    """In float32 those of the dense model; in bfloat16 weights are not rounded, and nearer to those in float32."""
+    model, pruner = quantized(dtype)
+    dense = copy.deepcopy(model)
+    sparsify_for_inference(model, prefer="memory", grids=pruner.grids)
+    (batch,) = tiny_batches(num=1)
+    with torch.no_grad():
+        for inputs in (batch, {"input_ids": batch["input_ids"][:1, :1]}):
+            expected = dense(**inputs).logits
+            error = (model(**inputs).logits - expected).abs().max()
+            assert error <= (1e-4 if dtype == torch.float32 else 0.05) * expected.abs().max()
 
 
 def test_without_kernels_nothing_is_slower_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch):
