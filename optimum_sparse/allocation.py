@@ -22,10 +22,10 @@ OUTLIER = 5
 # OWL and DLP: what blocks keep of their weights differs by twice as much (lambda and alpha in the papers).
 SPREAD = {"owl": 0.08, "dlp": 0.15}
 # "error": by how much the sparsity of a matrix may differ from that of all. What a layer loses says little of what
-# becomes of it in those behind, so that the least sum is not the best model: see docs/benchmarks.md.
+# becomes of it in those behind, so that the least sum is not the best model.
 REACH = 0.15
 # Of matrices with more weights than this, every so many rows are looked at.
-SAMPLE = 2**20
+SAMPLE = 2**17
 
 
 def allocate(
