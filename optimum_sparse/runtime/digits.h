@@ -118,7 +118,10 @@ TARGET INLINE void digits_block(const uint8_t *masks, const uint32_t *grids, con
         float scales[TILE_ROWS];
         _mm256_storeu_si256((__m256i *)zeros, zero);
         _mm256_storeu_si256((__m256i *)zero_bytes, _mm256_mullo_epi32(zero, _mm256_set1_epi32(0x01010101)));
-        _mm256_storeu_si256((__m256i *)scales, _mm256_and_si256(grid, _mm256_set1_epi32(0xffff0000)));
+        __m256 scale = _mm256_castsi256_ps(_mm256_and_si256(grid, _mm256_set1_epi32(0xffff0000)));
+        if (tokens == 1)
+            scale = _mm256_mul_ps(scale, _mm256_set1_ps(x->step));
+        _mm256_storeu_ps(scales, scale);
         /* Each is to be loaded into all lanes from memory, which takes no port of the vectors. */
         __asm__("" : "+m"(zeros), "+m"(zero_bytes), "+m"(scales));
         UNROLL for (int row = 0; row < TILE_ROWS; row++) {
@@ -129,7 +132,9 @@ TARGET INLINE void digits_block(const uint8_t *masks, const uint32_t *grids, con
             }
             for (int64_t t = 0; t < tokens; t++) {
                 const __m512 sum = digits_madd(row_codes, _mm512_set1_epi32(zeros[row]), x + t);
-                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(scales[row]), _mm512_set1_ps(x[t].step));
+                __m512 factor = _mm512_set1_ps(scales[row]);
+                if (tokens > 1)
+                    factor = _mm512_mul_ps(factor, _mm512_set1_ps(x[t].step));
                 sums[t * TILE_ROWS + row] = _mm512_fmadd_ps(sum, factor, sums[t * TILE_ROWS + row]);
             }
         }
