@@ -169,7 +169,8 @@ class Steps:
 
 def remove_progress(folder: Path) -> None:
     """Delete the progress of a run, and its folder unless there is something else in it."""
-    for path in [*folder.glob(FILES), *folder.glob(f"{GRIDS}*"), folder / FINGERPRINT_FILE]:
+    # The last first: what is left if this is interrupted is the progress of the same run, a few steps before.
+    for path in [*sorted(folder.glob(FILES), reverse=True), *folder.glob(f"{GRIDS}*"), folder / FINGERPRINT_FILE]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

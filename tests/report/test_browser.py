@@ -61,7 +61,7 @@ class Opened:
 def test_everything_is_drawn(browser, pages, name: str, screen: str, scheme: str):
     with Opened(browser, pages[name], screen, scheme) as page:
         plots = page.locator("svg")
-        assert plots.count() == {"report": 7, "compare": 2}[name]
+        assert plots.count() == {"report": 8, "compare": 2}[name]
         for plot in plots.all():
             box = plot.bounding_box()
             assert box["width"] > 200 and box["height"] > 60
