@@ -280,11 +280,11 @@ def test_a_sample_of_large_matrices_is_enough(monkeypatch: pytest.MonkeyPatch):
     config = SparseConfig(sparsity=0.4, allocation="error")
     matrices, statistics = problem(config, {f"{block}.w": (400, 100) for block in range(4)})
     whole = allocate(matrices, statistics, config)
-    monkeypatch.setattr(allocation, "SAMPLE", 4_000)
+    monkeypatch.setattr(allocation, "SAMPLE", 8_000)
     sample = allocate(matrices, statistics, config)
     assert sample != whole
     for one, other in zip(sample, whole, strict=True):
-        assert abs(one - other) <= 0.05 * 40_000
+        assert abs(one - other) <= 0.08 * 40_000
 
 
 # In a run.
