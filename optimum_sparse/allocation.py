@@ -35,8 +35,9 @@ def allocate(
 
     - `"owl"`: blocks in which more of all |W_ij| * ||X_j|| are outliers keep more weights (Yin et al., ICML 2024).
     - `"dlp"`: blocks in which they are smaller on average keep more weights (Chen et al., ICML 2025).
-    - `"error"`: the sum over all matrices of the share of its outputs that each loses is least, were inputs
-      uncorrelated and no weight to make up for another. If the pattern is N:M, this is by leaving matrices dense.
+    - `"error"`: the share of its outputs that a matrix loses, were inputs uncorrelated and no weight to make up for
+      another, is least as a mean over all weights. If the pattern is N:M, the sum over all matrices is least, by
+      leaving some of them dense.
 
     No matrix keeps less than half of what it would if all kept alike. Matrices of a block whose names differ only in
     numbers, as those of experts do, are taken for one.
@@ -221,10 +222,13 @@ def _ceiling(sparsity: float, reach: float = 1.0) -> float:
 
 
 def _by_loss(units: Sequence[_Unit], budget: int, config: SparseConfig) -> list[int]:
-    """Columns to prune in each unit, so that the sum of all losses is least."""
+    """Columns to prune in each unit, so that the mean over all weights of the losses is least.
+
+    Were each matrix to count alike, large ones would lose most of their weights: measured, that is worse than uniform.
+    """
     assert config.sparsity is not None
     group = config.comparison_group or METHODS[config.method].group
-    losses = [unit.relative(partial(column_losses, group=group)) for unit in units]
+    losses = [unit.relative(partial(column_losses, group=group)) * unit.numel for unit in units]
     floor, ceiling = config.sparsity - REACH, _ceiling(config.sparsity, REACH)
     least = [max(0, math.ceil(floor * unit.width)) for unit in units]
     most = [math.floor(ceiling * unit.width) for unit in units]

@@ -145,7 +145,7 @@ class SparseConfig:
     allocation: str | None = _option(
         None,
         "give each matrix a sparsity of its own, with as many zeros in all of them together: by outliers ('owl') or "
-        "means ('dlp') of weights times inputs, or so that the sum of the estimated errors is least ('error'); with a "
+        "means ('dlp') of weights times inputs, or so that the estimated error is least ('error'); with a "
         "pattern, 'error' and a lower sparsity choose which matrices stay dense (default: the same for all)",
     )
 

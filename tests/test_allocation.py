@@ -44,8 +44,9 @@ def problem(
     for name, (rows, columns) in shapes.items():
         module = nn.Linear(columns, rows, bias=False)
         scale = 10 ** torch.rand(1, generator=generator)
-        # Heavy tails, so that there are outliers.
-        module.weight.data = scale * torch.randn(rows, columns, generator=generator) ** 5
+        values = scale * torch.randn(rows, columns, generator=generator)
+        # Tails of all weights, so that there are outliers, and matrices that stand more than others.
+        module.weight.data = values * values.abs() ** (6 * torch.rand(1, generator=generator))
         view = View(f"{name}.weight", 0, (rows, columns), False)
         matrices.append(PrunableMatrix(name, view, module, pattern, name.partition(".")[0]))
         statistics.append(NormStatistics(columns))
@@ -103,10 +104,11 @@ def test_error_is_the_least_of_all_allocations(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(allocation, "REACH", 1.0)
     config = SparseConfig(method=method, sparsity=0.5, allocation="error")
     matrices, statistics = problem(config, {f"{i}.w": (4, 6) for i in range(4)}, seed)
+    matrices[1].parameter.data.sign_()  # unlike the others
     counts = allocate(matrices, statistics, config)
     assert sum(counts) == budget_of(matrices, config)
     found = [count // 4 for count in counts]
-    assert [4 * columns for columns in found] == counts and max(found) - min(found) >= 2
+    assert [4 * columns for columns in found] == counts and max(found) > min(found)
     curves = [
         [error_of(scores(matrix, inputs), config, columns) for columns in range(7)]
         for matrix, inputs in zip(matrices, statistics, strict=True)
@@ -116,6 +118,17 @@ def test_error_is_the_least_of_all_allocations(monkeypatch: pytest.MonkeyPatch, 
     choices = [c for c in itertools.product(range(ceiling + 1), repeat=4) if sum(c) == sum(found)]
     least = min(sum(curve[n] for curve, n in zip(curves, choice, strict=True)) for choice in choices)
     assert sum(curve[n] for curve, n in zip(curves, found, strict=True)) == pytest.approx(least, rel=1e-6)
+
+
+def test_error_does_not_depend_on_size():
+    """A matrix with all rows twice loses what it would with all rows once."""
+    config = SparseConfig(sparsity=0.6, allocation="error")
+    matrices, statistics = problem(config, {"0.w": (10, 60), "0.twice": (20, 60), "1.w": (10, 60)})
+    matrices[1].parameter.data.copy_(matrices[0].parameter.data.repeat(2, 1))
+    statistics[1] = statistics[0]
+    matrices[2].parameter.data.sign_()
+    one, twice, other = allocate(matrices, statistics, config)
+    assert abs(twice - 2 * one) <= 2 * 20 and abs(other - one) > 40
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,14 +171,14 @@ def naive_dlp(blocks: list[list[float]], sparsity: float) -> list[float]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("name", "formula"), [("owl", naive_owl), ("dlp", naive_dlp)])
 def test_blocks_get_what_the_papers_give_them(name: str, formula, seed: int):
-    config = SparseConfig(sparsity=0.6, allocation=name)
+    config = SparseConfig(sparsity=0.4, allocation=name)
     shapes = {f"{block}.{kind}": shape for block in range(5) for kind, shape in (("a", (40, 96)), ("b", (96, 40)))}
     matrices, statistics = problem(config, shapes, seed)
     counts = allocate(matrices, statistics, config)
     blocks: dict[str, list[float]] = defaultdict(list)
     for matrix, inputs in zip(matrices, statistics, strict=True):
         blocks[matrix.block] += [math.sqrt(score) for row in scores(matrix, inputs) for score in row]
-    expected = formula(list(blocks.values()), 0.6)
+    expected = formula(list(blocks.values()), 0.4)
     assert max(expected) - min(expected) == pytest.approx(2 * allocation.SPREAD[name])
     for matrix, count in zip(matrices, counts, strict=True):
         assert count / matrix.numel == pytest.approx(expected[int(matrix.block)], abs=2 / matrix.shape[1])
@@ -262,17 +275,16 @@ def test_infinite_inputs_are_left_to_the_solver(name: str):
         SparsePruner(config, progress=False).prune(model, dataset=tiny_batches())
 
 
-@pytest.mark.parametrize("name", ["dlp", "error"])
-def test_a_sample_of_large_matrices_is_enough(monkeypatch: pytest.MonkeyPatch, name: str):
-    config = SparseConfig(sparsity=0.6, allocation=name)
-    shapes = {f"{block}.w": (400, 100) for block in range(4)}
-    matrices, statistics = problem(config, shapes)
+def test_a_sample_of_large_matrices_is_enough(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocation, "REACH", 1.0)
+    config = SparseConfig(sparsity=0.4, allocation="error")
+    matrices, statistics = problem(config, {f"{block}.w": (400, 100) for block in range(4)})
     whole = allocate(matrices, statistics, config)
-    monkeypatch.setattr(allocation, "SAMPLE", 20_000)
+    monkeypatch.setattr(allocation, "SAMPLE", 8_000)
     sample = allocate(matrices, statistics, config)
     assert sample != whole
     for one, other in zip(sample, whole, strict=True):
-        assert abs(one - other) <= 0.05 * 40_000
+        assert abs(one - other) <= 0.08 * 40_000
 
 
 # In a run.
