@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,8 +170,11 @@ class Steps:
 
 def remove_progress(folder: Path) -> None:
     """Delete the progress of a run, and its folder unless there is something else in it."""
+    for activations in folder.glob(f"{ACTIVATIONS_FOLDER}-*"):
+        shutil.rmtree(activations)
     # The last first: what is left if this is interrupted is the progress of the same run, a few steps before.
-    for path in [*sorted(folder.glob(FILES), reverse=True), *folder.glob(f"{GRIDS}*"), folder / FINGERPRINT_FILE]:
+    steps = sorted(folder.glob(FILES), reverse=True)
+    for path in [*steps, *folder.glob(f"{GRIDS}*"), *folder.glob(".*.tmp"), folder / FINGERPRINT_FILE]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -182,3 +182,32 @@ def test_remove_progress_leaves_other_files(tmp_path: Path) -> None:
     (tmp_path / "progress" / "notes.txt").unlink()
     remove_progress(tmp_path / "progress")
     assert not (tmp_path / "progress").exists()
+
+
+def test_remove_progress_leaves_nothing_of_killed_runs(tmp_path: Path) -> None:
+    """Also what a run left behind that kept its activations there, or was killed while it wrote."""
+    pruned(tiny_model(), tmp_path / "progress")
+    (tmp_path / "progress" / "activations-0").mkdir()
+    (tmp_path / "progress" / "activations-0" / "3").write_bytes(b"half")
+    (tmp_path / "progress" / ".000099.safetensors.tmp").write_bytes(b"half")
+    remove_progress(tmp_path / "progress")
+    assert not (tmp_path / "progress").exists()
+
+
+def test_what_is_left_of_removed_progress_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = tiny_model(num_hidden_layers=3), tiny_model(num_hidden_layers=3)
+    pruned(expected, tmp_path)
+    unlink, gone = Path.unlink, []
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if len(gone) == 1:
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        remove_progress(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    pruned(model, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
