@@ -235,6 +235,7 @@ class PruningRun:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
             self._solver.write(self._solve_together(repeated, self._whole_forwards)[0.0])
             steps.did(None)
+        steps.restore(None)
         if self.config.error_correction:  # each batch also runs with the weights before they are pruned
             self._num_twins = len(self._batches)
             self._batches = [*self._batches, *self._batches]

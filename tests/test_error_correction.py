@@ -15,6 +15,7 @@ from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.methods import METHODS, correction
 from optimum_sparse.methods.correction import DAMPING
 from optimum_sparse.patterns import Unstructured
+from optimum_sparse.run import PruningRun
 from optimum_sparse.statistics import GramStatistics, PairedStatistics
 
 from .helpers import tiny_batches, tiny_mixtral, tiny_model
@@ -156,6 +157,24 @@ def test_a_run_that_was_interrupted_goes_on(
     monkeypatch.setitem(METHODS, "sparsegpt", patched)
     pruned(tiny_model(num_hidden_layers=3), tmp_path / "resumed", resume_from=tmp_path / "progress", **options)
     assert len(solved) == 8 * 3 + ("ignore" in options)  # each once
+    assert_same(tmp_path / "expected", tmp_path / "resumed")
+
+
+def test_a_block_that_runs_twice_is_there_when_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pruned(tiny_model("zamba2"), tmp_path / "expected")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        best, calls = PruningRun._best, []
+
+        def interrupted(*arguments):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(arguments)
+            return best(*arguments)
+
+        patch.setattr(PruningRun, "_best", interrupted)
+        pruned(tiny_model("zamba2"), resume_from=tmp_path / "progress")
+    assert list((tmp_path / "progress").glob("*.safetensors"))
+    pruned(tiny_model("zamba2"), tmp_path / "resumed", resume_from=tmp_path / "progress")
     assert_same(tmp_path / "expected", tmp_path / "resumed")
 
 

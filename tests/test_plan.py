@@ -262,7 +262,12 @@ print(json.dumps([peak_memory() - plans[0].memory["held before"], plans[0].peak 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can only be reset on Linux")
 @pytest.mark.parametrize(
     ("options", "place"),
-    list(product([{}, {"true_sequential": False}, {"method": "wanda"}, {"reconstruct": 1}], ["", "disk"])),
+    list(
+        product(
+            [{}, {"true_sequential": False}, {"method": "wanda"}, {"reconstruct": 1}, {"error_correction": 0.5}],
+            ["", "disk"],
+        )
+    ),
     ids=str,
 )
 def test_a_run_takes_what_the_plan_says(options: dict, place: str) -> None:
