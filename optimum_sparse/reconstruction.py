@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 # Of Adam, relative to the root mean square of a parameter: models differ in how large their weights are. It falls to a
-# tenth along a cosine. On SmolLM2 three times as much is too much for most blocks, a third wins three quarters as much.
+# tenth along a cosine. On SmolLM2 three times as much is too much for most blocks, a third wins less in the same time.
 LEARNING_RATE = 5e-3
 BETAS = (0.9, 0.95)
 # Of so many batches one is held out, to see when to stop.
