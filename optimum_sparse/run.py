@@ -612,7 +612,8 @@ class PruningRun:
             return next((module for module in modules() if matrix.is_part and module.hold(matrix.view)), None)
 
         with self._residency.holding(matrix.view.parameter for group in groups for matrix in group):
-            candidates = self._solve_together(groups, forwards, experts)
+            corrections = [0.0, self.config.error_correction] if self.config.error_correction else [0.0]
+            candidates = self._solve_together(groups, forwards, experts, corrections)
             lockstep.go_on(twin.batch for twin in twins.values())
             judges = [call for call in calls if call.batch in dense_outputs]
             self._solver.write(self._best(lockstep, block, candidates, judges, dense_outputs))
@@ -706,6 +707,7 @@ class PruningRun:
         groups: Sequence[Group],
         forwards: Callable[[OnUse], None],
         experts: Callable[[PrunableMatrix], Experts | None] = lambda matrix: None,
+        corrections: Sequence[float] = (0.0,),
     ) -> dict[float, list[Solved]]:
         """Prune matrices on the inputs that all of them have before any of them is written.
 
@@ -715,16 +717,17 @@ class PruningRun:
             groups: Matrices that share their inputs.
             forwards: Runs all forwards, calling a function with the index of a batch and each of its uses.
             experts: Once the forwards have run, gives the experts that a matrix belongs to, if any.
+            corrections: How much of the errors in their inputs to make up for, once each.
 
         Returns:
-            Solutions by how much of the errors in their inputs they make up for: nothing, and what is asked for.
+            Solutions by what they make up for.
         """
-        solved: dict[float, list[Solved]] = {c: [] for c in (0.0, self.config.error_correction) if c is not None}
+        solved: dict[float, list[Solved]] = {correction: [] for correction in corrections}
         for chunk in self._chunks(groups):
             tallies = self._collect(chunk, forwards)
             while tallies:
                 group, tally = chunk[-len(tallies)], tallies.pop(0)
-                for correction, found in self._solve_tally(group, tally, forwards, experts, list(solved)).items():
+                for correction, found in self._solve_tally(group, tally, forwards, experts, corrections).items():
                     solved[correction] += found
         return solved
 
