@@ -15,10 +15,12 @@ from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.methods import METHODS, correction
 from optimum_sparse.methods.correction import DAMPING
 from optimum_sparse.patterns import Unstructured
+from optimum_sparse.reconstruction import reconstruct
 from optimum_sparse.run import PruningRun
 from optimum_sparse.statistics import GramStatistics, PairedStatistics
 
 from .helpers import tiny_batches, tiny_mixtral, tiny_model
+from .test_experts import CASES, batches_of
 
 BATCHES = 8
 
@@ -219,3 +221,37 @@ def test_inputs_that_overflow_in_the_dense_model_alone_are_refused(monkeypatch: 
     )
     with pytest.raises(ValueError, match=r"q_proj.*: the inputs in the dense model contain NaN or infinity"):
         pruned(tiny_model())
+
+
+def test_blocks_are_trained_towards_the_dense_model_by_the_same_share(monkeypatch: pytest.MonkeyPatch):
+    dense, model, targets = tiny_model(), tiny_model(), []
+
+    def noted(block, names, outputs, *rest):
+        targets.append({batch: output.clone() for batch, output in outputs.items()})
+        return reconstruct(block, names, outputs, *rest)
+
+    monkeypatch.setattr("optimum_sparse.run.reconstruct", noted)
+    pruned(model, correction=0.3, reconstruct=1)
+    before = copy.deepcopy(dense)  # as the second block was when it was pruned
+    before.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+    for one in (before, dense):
+        one.model.norm = nn.Identity()  # so that what is behind the last block can be seen
+    for index, batch in enumerate(tiny_batches(BATCHES)):
+        with torch.no_grad():
+            own, there = (one.model(**batch).last_hidden_state for one in (before, dense))
+        torch.testing.assert_close(targets[1][index], own + 0.3 * (there - own), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4", "jetmoe", "hand-written"])
+def test_experts_are_not_paired_with_tokens_that_others_have_there(kind: str):
+    model = CASES[kind].build()
+    batches = batches_of(model)
+    pruner = SparsePruner(progress=False, error_correction=0.5, sparsity=0.5, batch_size=6)
+    pruner.prune(model, dataset=batches)
+    assert pruner.report.calibration["num_samples"] == 6  # in one batch
+    everything = sum(batch["input_ids"].numel() for batch in batches)
+    experts = [e for e in pruner.report.matrices if "expert" in e.name and "shared" not in e.name]
+    # One that all tokens go to has the same tokens.
+    assert all(entry.correction == 0 or entry.num_tokens == everything for entry in experts)
+    assert any(entry.correction == 0 for entry in experts)
+    assert any(entry.correction == 0.5 for entry in pruner.report.matrices)
