@@ -94,7 +94,7 @@ def build(model: Any, tokenizer: Any) -> gr.Blocks:
             "a better result."
         )
         with gr.Row():
-            method = gr.Dropdown(list(METHOD_NAMES), value="sparsegpt", label="Method")
+            method = gr.Dropdown(list(METHOD_NAMES), value="admm", label="Method")
             pattern = gr.Radio(list(PATTERNS), value=ANYWHERE, label="Zeros")
             percent = gr.Slider(10, 90, value=50, step=5, label="Per cent of zeros, if anywhere")
         prompt = gr.Textbox("The capital of France is", label="Text to continue")

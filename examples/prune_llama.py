@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub id, folder or .gguf file of the dense model")
     parser.add_argument("output", help="folder to save the pruned model in")
-    parser.add_argument("--method", default="sparsegpt", choices=METHOD_NAMES)
+    parser.add_argument("--method", default="admm", choices=METHOD_NAMES)
     parser.add_argument("--sparsity", type=float, help="fraction of zeros (default: 0.5, or what the pattern implies)")
     parser.add_argument("--pattern", help="N:M, N non-zero weights of every M, such as 2:4")
     parser.add_argument("--dataset", default="c4", help="calibration text: a Hub dataset, a file or 'self'")

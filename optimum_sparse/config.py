@@ -29,9 +29,9 @@ QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
 ALLOCATIONS = ("owl", "dlp", "error")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "refine": "cg"},
-    "balanced": {"method": "admm"},
-    "best": {"method": "admm", "error_correction": 0.5, "reconstruct": 8},
+    "fast": {"method": "admm", "iterations": 8},
+    "balanced": {"method": "admm", "iterations": 24},
+    "best": {"method": "admm", "iterations": 24, "error_correction": 0.5, "reconstruct": 8},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
@@ -52,7 +52,7 @@ class SparseConfig:
         TypeError: A value has the wrong type.
     """
 
-    method: str = _option("sparsegpt", f"how weights are chosen and updated: {', '.join(METHOD_NAMES)}")
+    method: str = _option("admm", f"how weights are chosen and updated: {', '.join(METHOD_NAMES)}")
     sparsity: float | None = _option(
         None, "fraction of weights set to zero in each matrix, 0 <= s < 1 (default: 0.5, or what the pattern implies)"
     )
@@ -101,6 +101,12 @@ class SparseConfig:
         "methods that update weights: damping added to the Hessian's diagonal, as a fraction of its mean (admm and "
         "refine='cg': of each entry)",
     )
+    equal_tokens: bool | None = _option(
+        None,
+        "the inputs of each token are scaled to the same norm, so that a few large ones do not decide alone (default: "
+        "for admm)",
+    )
+    iterations: int = _option(8, "admm: how often weights and mask take turns, a product with the Gram matrix each")
     true_sequential: bool | None = _option(
         None,
         "each group of layers sees inputs that went through all pruned layers before it; without it, all layers of a "
@@ -152,7 +158,7 @@ class SparseConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("num_samples", "block_size"):
+        for name in ("num_samples", "block_size", "iterations"):
             _check_int(name, getattr(self, name), 1)
         for name in ("seqlen", "batch_size", "min_expert_tokens", "reconstruct"):
             if getattr(self, name) is not None:
@@ -161,8 +167,9 @@ class SparseConfig:
         for name in ("pack_documents", "calibrate_all_experts", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        if not isinstance(self.true_sequential, (bool, NoneType)):
-            raise TypeError(f"true_sequential must be true, false or None, got {self.true_sequential!r}.")
+        for name in ("true_sequential", "equal_tokens"):
+            if not isinstance(getattr(self, name), (bool, NoneType)):
+                raise TypeError(f"{name} must be true, false or None, got {getattr(self, name)!r}.")
         _check_choice("method", self.method, METHOD_NAMES)
         if self.comparison_group is not None:
             _check_choice("comparison_group", self.comparison_group, COMPARISON_GROUPS)

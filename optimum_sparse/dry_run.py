@@ -20,7 +20,7 @@ from .calibration.interface import longest_input
 from .config import SparseConfig
 from .estimate import available_memory
 from .matrices import find_blocks, find_matrices, find_weights
-from .methods import METHODS, statistics_for
+from .methods import METHODS, admm, statistics_for
 from .plan import Footprint, GroupShape, Plan, Workload, make_plan, measure
 from .statistics import GramStatistics
 from .trace import trace
@@ -244,10 +244,13 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         halves = 3 if config.error_correction else 1
         products = halves * sum(g.in_features**2 * g.share for g in model.groups) * tokens
         found["statistics"] = products / (machine.single if machine.is_cpu else machine.half)
-        found["factors"] = sum(g.in_features**3 / 3 for g in model.groups) / machine.double
+        cubes, iterates = sum(g.in_features**3 for g in model.groups), METHODS[config.method].parallel
+        # One factorisation in double precision, or an inverse for each penalty.
+        inverses = min(admm.LEVELS, config.iterations)
+        found["factors"] = inverses * cubes / machine.single if iterates else cubes / 3 / machine.double
         updates = sum(g.in_features**2 * g.rows for g in model.groups)
-        # Updates and two sums of errors; methods and refinements made of products take about 40 more.
-        rounds = 3 + 40 * METHODS[config.method].parallel + 40 * (config.refine is not None)
+        # Updates and two sums of errors; an iteration takes 2 more, a refinement about 40.
+        rounds = 3 + 2 * (config.iterations + admm.POLISH) * iterates + 40 * (config.refine is not None)
         found["solve"] = rounds * updates / machine.single
     if config.reconstruct:
         # A step of training costs three forwards.

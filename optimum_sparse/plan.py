@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import SparseConfig
 from .matrices import PrunableMatrix
-from .methods import statistics_for, workspace
+from .methods import METHODS, statistics_for, workspace
 from .spill import Activations
 from .uses import Use, Watched, WeightUses
 
@@ -154,7 +154,8 @@ def make_plan(work: Workload, config: SparseConfig, budget: int, activation_devi
     if activation_device is None and least.activation_device is None:
         advice.append("fewer windows (num_samples)")
     if config.method not in ("wanda", "magnitude"):
-        advice.append("method='wanda'")
+        own = METHODS[config.method].memory
+        advice += [f"method='{lighter}'" for lighter in ("sparsegpt", "wanda") if METHODS[lighter].memory < own]
     if not work.units:
         advice.append("weights that are offloaded (device_map={'': 'disk'}; on the command line, --max-memory)")
     parts = ", ".join(f"{what} {gib(size)}" for what, size in least.memory.items() if size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,3 +30,26 @@ def full_precision() -> Iterator[None]:
 def exact_in_half(inputs: torch.Tensor) -> bool:
     """Whether a device multiplies inputs in half precision and adds up in fp32, which holds the products exactly."""
     return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What to multiply matrices in where rounding does not matter: bfloat16 if the hardware does, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@cache
+def half_penalty(dtype: torch.dtype) -> float:
+    """How many times as long this CPU takes for a product in a half precision as for one in float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        factor = torch.ones(512, 512, dtype=dtype)
+        factor @ factor
+        started = time.perf_counter()
+        factor @ factor
+        return time.perf_counter() - started
+
+    return seconds(dtype) / seconds(torch.float32)

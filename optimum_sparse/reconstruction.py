@@ -15,9 +15,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-# Of Adam, relative to the root mean square of a parameter: models differ in how large their weights are. It falls to a
-# tenth along a cosine. On SmolLM2 three times as much is too much for most blocks, a third wins less in the same time.
-LEARNING_RATE = 5e-3
+from .muon import Muon
+
+# Root mean square of a step, relative to that of a parameter: models differ in how large their weights are. It falls
+# to a tenth along a cosine. Matrices are trained by Muon: on a block of SmolLM2, two epochs of it took 13 % from the
+# error, and two of Adam 8 %. Vectors are trained by Adam.
+MATRIX_RATE, VECTOR_RATE = 7e-3, 5e-3
 BETAS = (0.9, 0.95)
 # Of so many batches one is held out, to see when to stop.
 HELD_OUT = 8
@@ -48,8 +51,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Train parameters of a block so that its outputs come close to targets, on the batches of the targets.
 
-    Adam works on fp32 copies; the block computes with them in the dtype of the model. What is zero in a matrix stays
-    zero, and of all epochs the weights of the one with the least error on the held-out batches are kept.
+    Training works on fp32 copies; the block computes with them in the dtype of the model. What is zero in a matrix
+    stays zero, and of all epochs the weights of the one with the least error on the held-out batches are kept.
 
     Args:
         block: The pruned block; its parameters are changed in place.
@@ -64,16 +67,14 @@ def reconstruct(
     trained = [batch for batch in batches if batch not in held_out] or batches
     before = best = trainer.error(held_out, targets)
     values, best_epoch = trainer.values(), 0
-    optimizer = torch.optim.Adam(trainer.groups(), betas=BETAS)
-    steps = epochs * len(trained)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+    optimizers = trainer.optimizers()
+    schedules = [_cosine(optimizer, epochs * len(trained)) for optimizer in optimizers]
     for epoch in range(1, epochs + 1):
         for batch in trained:
             trainer.backward(batch, targets[batch])
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
         error = trainer.error(held_out, targets)
         if error < best:
             best, best_epoch, values = error, epoch, trainer.values()
@@ -99,6 +100,13 @@ def hidden_states(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """From the whole learning rate to a tenth of it."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+
+
 class _Trainer:
     """The parameters of a block that are trained, as fp32 copies."""
 
@@ -110,13 +118,19 @@ class _Trainer:
             name: value.detach().float().clone().requires_grad_() for name, value in self._parameters.items()
         }
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The parameters, each with its learning rate; one that is all zero takes the mean of the others."""
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of all parameters, each with its learning rate; one that is all zero takes the mean of the others."""
         scales = {name: master.detach().square().mean().sqrt().item() for name, master in self.masters.items()}
         mean = sum(scales.values()) / max(1, sum(scale > 0 for scale in scales.values()))
-        return [
-            {"params": [master], "lr": LEARNING_RATE * (scales[name] or mean)} for name, master in self.masters.items()
-        ]
+        matrices, vectors = [], []
+        for name, master in self.masters.items():
+            scale = scales[name] or mean
+            if name in self._kept:
+                matrices.append({"params": [master], "lr": MATRIX_RATE * scale, "kept": self._kept[name]})
+            else:
+                vectors.append({"params": [master], "lr": VECTOR_RATE * scale})
+        found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
+        return found + ([torch.optim.Adam(vectors, betas=BETAS)] if vectors else [])
 
     def backward(self, batch: int, target: torch.Tensor) -> None:
         """Gradients of the error on a batch, zero for what was pruned."""

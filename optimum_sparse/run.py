@@ -30,6 +30,7 @@ from .methods import METHODS, fused
 from .offload import Residency, execution_device
 from .padding import Padding
 from .plan import GroupShape, Plan, Workload, make_plan, measure
+from .precision import half_penalty
 from .progress import Progress
 from .quantization import Grid
 from .reconstruction import HELD_OUT, hidden_states, reconstruct, relative_error
@@ -331,6 +332,12 @@ class PruningRun:
         (self._num_batches,) = self._processes.totals(len(self._batches))
         time = duration(run_seconds(numbers, tokens, seconds * tokens / short, self.config))
         self._progress.say(f"{sum(map(len, groups))} matrices, {tokens:,} calibration tokens: about {time}\n{plan}")
+        dtype = groups[0][0].parameter.dtype
+        if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and (slow := half_penalty(dtype)) > 2:
+            self._progress.say(
+                f"This CPU takes {slow:.0f} times as long for products in {dtype} as in float32: loaded with "
+                "dtype=torch.float32 (--dtype float32), the model is pruned sooner, in twice the memory."
+            )
 
     # The ways through the model.
 

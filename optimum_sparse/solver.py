@@ -75,7 +75,8 @@ class Solver:
         """Empty statistics for the inputs of a matrix, of a kind or that which the method needs."""
         kind = kind or self.statistics
         assert kind is not None
-        return kind(matrix.shape[1], matrix.device)
+        equal_tokens = self._method.equal_tokens if self._config.equal_tokens is None else self._config.equal_tokens
+        return kind(matrix.shape[1], matrix.device, equal_tokens)
 
     def solve(
         self,

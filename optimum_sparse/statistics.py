@@ -25,13 +25,15 @@ class Statistics(ABC):
     Args:
         in_features: Width of the inputs.
         device: Where the sums are kept.
+        equal_tokens: Whether inputs are scaled so that all tokens have the same norm.
 
     Attributes:
         num_tokens: How many tokens were added.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", equal_tokens: bool = False) -> None:
         self.num_tokens = 0
+        self._equal_tokens = equal_tokens
         self._sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
 
     @staticmethod
@@ -52,6 +54,14 @@ class Statistics(ABC):
     @abstractmethod
     def add(self, inputs: torch.Tensor) -> None:
         """Add the inputs of a layer, `[tokens, in_features]` of any float dtype."""
+
+    def _scaled(self, inputs: torch.Tensor, by: torch.Tensor | None = None) -> torch.Tensor:
+        """Inputs, each token divided by its root mean square, or by that which it has in others; fp32 if so."""
+        if not self._equal_tokens:
+            return inputs
+        squares = (inputs if by is None else by).float().square().mean(dim=1, keepdim=True)
+        scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
+        return inputs * scale.masked_fill(squares.isinf(), math.nan)  # an overflow is not to look like a zero
 
     @property
     @abstractmethod
@@ -81,7 +91,7 @@ class Statistics(ABC):
         Returns:
             Statistics with the `num_tokens` of the expert, scaled as sums over so many tokens (at least one).
         """
-        result = type(self)(self._sums.shape[-1], self._sums.device)
+        result = type(self)(self._sums.shape[-1], self._sums.device, self._equal_tokens)
         result.num_tokens = self.num_tokens
         scale = share * max(self.num_tokens, 1) / max(layer.num_tokens, 1)
         result._sums = (1 - share) * self._sums + scale * layer._sums
@@ -104,7 +114,7 @@ class NormStatistics(Statistics):
     def add(self, inputs: torch.Tensor) -> None:
         """As in `Statistics`."""
         self.num_tokens += inputs.shape[0]
-        self._sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_()
+        self._sums += torch.linalg.vector_norm(self._scaled(inputs), dim=0, dtype=torch.float32).square_()
 
     @property
     def squared_norms(self) -> torch.Tensor:
@@ -136,8 +146,9 @@ class GramStatistics(Statistics):
         """As in `Statistics`."""
         self.num_tokens += inputs.shape[0]
         vars(self).pop("gram", None)
+        scaled = self._scaled(inputs)
         half = exact_in_half(inputs)
-        inputs, width = (inputs, PANEL_GPU) if half else (inputs.float(), PANEL)
+        inputs, width = (scaled.to(inputs.dtype), PANEL_GPU) if half else (scaled.float(), PANEL)
         with full_precision():
             for start in range(0, inputs.shape[1], width):
                 panel, sums = inputs[:, start : start + width], self._sums[start : start + width, start:]
@@ -188,8 +199,8 @@ class PairedStatistics(GramStatistics):
         num_paired: Of how many of the tokens it was seen what they are in the dense model.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(in_features, device)
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", equal_tokens: bool = False) -> None:
+        super().__init__(in_features, device, equal_tokens)
         self.num_paired = 0
         self._deviation = torch.zeros_like(self._sums)
 
@@ -201,9 +212,9 @@ class PairedStatistics(GramStatistics):
     def add_deviation(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
         """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
         self.num_paired += inputs.shape[0]
-        inputs = inputs.float()
+        dense, inputs = self._scaled(dense.float(), inputs), self._scaled(inputs.float())
         with full_precision():
-            self._deviation.addmm_((dense.float() - inputs).T, inputs)
+            self._deviation.addmm_((dense - inputs).T, inputs)
 
     @property
     def deviation(self) -> torch.Tensor:

@@ -11,8 +11,8 @@ from optimum_sparse.methods import METHODS
 
 def test_defaults_are_those_of_the_documentation():
     config = SparseConfig()
-    assert (config.method, config.sparsity, config.pattern) == ("sparsegpt", 0.5, None)
-    assert (config.num_samples, config.block_size, config.dampening_frac) == (128, 128, 0.01)
+    assert (config.method, config.sparsity, config.pattern) == ("admm", 0.5, None)
+    assert (config.num_samples, config.iterations, config.dampening_frac) == (128, 8, 0.01)
     assert config.ignore == ("lm_head",) and config.true_sequential is None and config.pack_documents
 
 
@@ -59,7 +59,8 @@ def test_every_field_has_a_help_text():
         ({"seed": -1}, "at least 0"),
         ({"dampening_frac": 0}, r"\(0, 1\]"),
         ({"comparison_group": "row", "method": "wanda"}, "output, layer"),
-        ({"comparison_group": "layer"}, "not to sparsegpt"),
+        ({"comparison_group": "layer", "method": "sparsegpt"}, "not to sparsegpt"),
+        ({"iterations": 0}, "at least 1"),
         ({"block_range": [3, 3]}, "empty"),
         ({"block_range": [1, 2, 3]}, "first, last"),
         ({"dataset": []}, "empty"),

@@ -68,10 +68,13 @@ def test_arithmetic_of_the_papers_models() -> None:
     ):
         found = outline_of(shape)
         assert sum(g.in_features * g.rows for g in found.groups) == pytest.approx(parameters, rel=0.01)
-        times = phases(found, SparseConfig(), False, h200)
+        times = phases(found, SparseConfig(method="sparsegpt"), False, h200)
         assert times["forward"] * h200.half == pytest.approx(forward, rel=0.02)
         assert times["statistics"] * h200.half == pytest.approx(gram, rel=0.02)
         assert times["factors"] * h200.double == pytest.approx(factor, rel=0.06)
+        # Four inverses of three times the operations, in single precision.
+        inverses = phases(found, SparseConfig(method="admm"), False, h200)["factors"]
+        assert inverses * h200.single == pytest.approx(4 * 3 * factor, rel=0.06)
         assert set(phases(found, SparseConfig(method="wanda"), False, h200)) == {"forward"}
         # One more forward through the dense model, and a look at its weights.
         plain = phases(found, SparseConfig(method="wanda"), True, h200)
@@ -81,7 +84,7 @@ def test_arithmetic_of_the_papers_models() -> None:
 
 
 def test_a_model_that_does_not_fit_stays_on_disk() -> None:
-    found, config = outline_of(LLAMA_3_8B), SparseConfig(num_samples=4, seqlen=256)
+    found, config = outline_of(LLAMA_3_8B), SparseConfig(method="sparsegpt", num_samples=4, seqlen=256)
     offloaded, plan = place(found, config, 400 * 2**20, 5 * 2**30)
     assert offloaded and plan.peak < 5 * 2**30
     assert plan.memory["offloaded blocks"] == found.units < found.weights // 8

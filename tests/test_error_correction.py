@@ -27,7 +27,7 @@ BATCHES = 8
 
 def pruned(model, folder: Path | None = None, correction: float | None = 0.5, padding: bool = False, **options):
     arguments = {name: options.pop(name) for name in ("activation_device", "resume_from") if name in options}
-    settings = {"error_correction": correction, "batch_size": 2, **options}
+    settings = {"method": "sparsegpt", "error_correction": correction, "batch_size": 2, **options}
     settings |= {} if "pattern" in options else {"sparsity": 0.6}
     settings |= {} if correction else {"true_sequential": False}
     pruner = SparsePruner(progress=False, **settings)

@@ -20,6 +20,7 @@ ORDER = [
     "patterns",
     "distributed",
     "precision",
+    "muon",
     "saving",
     "quantization",
     "uses",

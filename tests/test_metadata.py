@@ -128,7 +128,7 @@ def test_sparsity_config_of_a_model():
     assert set(metadata["versions"]) == {"optimum_sparse", "torch", "transformers"}
     assert metadata["versions"]["torch"] == torch.__version__
     expected = {
-        "method": "sparsegpt",
+        "method": "admm",
         "pattern": "2:4",
         "sparsity": 0.5,
         "dataset": "t.txt",

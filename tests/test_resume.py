@@ -113,7 +113,7 @@ def test_files_hold_what_a_block_is_pruned_to(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"sparsity": 0.6}, "config.sparsity was 0.5 and is 0.6"),
-        ({"method": "wanda"}, "config.method was 'sparsegpt' and is 'wanda'"),
+        ({"method": "wanda"}, "config.method was 'admm' and is 'wanda'"),
         ({"pattern": "2:4"}, "config.pattern was None and is '2:4'"),
     ],
     ids=str,

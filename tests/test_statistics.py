@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_sparse.statistics import GramStatistics, NormStatistics
+from optimum_sparse.statistics import GramStatistics, NormStatistics, PairedStatistics
 
 
 def batches(dtype, width=300):
@@ -39,6 +39,40 @@ def test_norms_equal_float64(dtype):
         statistics.add(part)
     assert statistics.num_tokens == 121
     assert torch.allclose(statistics.squared_norms.double(), torch.cat(inputs).double().square().sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [NormStatistics, GramStatistics, PairedStatistics])
+def test_equal_tokens_have_the_same_norm(kind, dtype):
+    """A token a thousand times as large as the others counts as they do, and one of zeros not at all."""
+    statistics, inputs = kind(300, equal_tokens=True), batches(dtype)
+    inputs[0][3] *= 1000
+    inputs[2][5] = 0
+    dense = [part + 1 for part in inputs]
+    for part, other in zip(inputs, dense, strict=True):
+        statistics.add(part)
+        if kind is PairedStatistics:
+            statistics.add_deviation(part, other)
+    exact, exact_dense = torch.cat(inputs).double(), torch.cat(dense).double()
+    sizes = exact.square().mean(dim=1, keepdim=True).sqrt()
+    scaled = exact / sizes.where(sizes > 0, 1)
+    expected = scaled.T @ scaled
+    assert statistics.num_tokens == 121
+    torch.testing.assert_close(statistics.squared_norms.double(), expected.diagonal(), rtol=1e-5, atol=0)
+    assert statistics.squared_norms.sum() == pytest.approx(120 * 300)
+    if kind is not NormStatistics:
+        torch.testing.assert_close(statistics.gram.double(), expected, rtol=1e-4, atol=1e-3)
+    if kind is PairedStatistics:
+        deviation = ((exact_dense - exact) / sizes.where(sizes > 0, 1)).T @ scaled
+        torch.testing.assert_close(statistics.deviation.double(), deviation, rtol=1e-3, atol=1e-2)
+    assert statistics.blended(statistics, 0.5)._equal_tokens
+
+
+def test_an_overflow_is_seen():
+    for kind in (NormStatistics, GramStatistics):
+        statistics = kind(2, equal_tokens=True)
+        statistics.add(torch.full((1, 2), 1e30))
+        assert not statistics.squared_norms.isfinite().any()
 
 
 def test_norms_of_half_precision_do_not_overflow():

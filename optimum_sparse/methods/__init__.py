@@ -37,6 +37,7 @@ class Method:
         apart: Whether processes may each solve some of the rows: what becomes of a row depends on the others by way of
             `keep_mask` and `by_matrix` alone.
         sweeps: Whether it goes over the columns one by one, for which there is a kernel on GPUs.
+        equal_tokens: Whether all tokens count alike if `equal_tokens` does not say.
         group: Which weights compete if `comparison_group` does not say: those of one `"output"`, or of the `"layer"`.
         memory: Bytes that it takes for each weight and for each entry of the Gram matrix, besides the latter and the
             weights in the model. Measured: see tests/test_plan.py.
@@ -47,6 +48,7 @@ class Method:
     parallel: bool = False
     apart: bool = False
     sweeps: bool = False
+    equal_tokens: bool = False
     group: str = "layer"
     memory: tuple[float, float] = field(kw_only=True)
 
@@ -65,7 +67,7 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda.solve, NormStatistics, apart=True, group="output", memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
-    "admm": Method(admm.solve, GramStatistics, parallel=True, memory=(58, 17)),
+    "admm": Method(admm.solve, GramStatistics, parallel=True, equal_tokens=True, memory=(58, 17)),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
     "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
     "wanda-update": Method(

@@ -9,17 +9,16 @@ import torch
 
 from ..config import SparseConfig
 from ..patterns import NM, Pattern, keep_mask, num_pruned
+from ..precision import product_dtype
 from ..statistics import GramStatistics
-from .cg import conjugate_gradients, inverse_norms, product_dtype, unit_gram
+from .cg import conjugate_gradients, inverse_norms, unit_gram
 from .solution import Solution
 
 # The penalty rho grows by a constant factor from the first to the last level; each level is one factorisation. The
 # larger it is, the less the mask changes. It ends where, on independent inputs of norm 1, a kept weight and the dual
 # of a pruned one count alike, so that the largest weights are kept.
-RHO = (0.3, 1.0)
+RHO = (0.2, 1.0)
 LEVELS = 4
-# Iterations of a level, one matrix product each.
-ITERATIONS = 4
 # Over-relaxation of the step, which saves iterations.
 RELAXATION = 1.5
 # Distance between the dense and the sparse copy, relative to the weight, at which they are taken for equal.
@@ -53,10 +52,11 @@ def solve(
     gram, norms = unit_gram(statistics)
     target = weight * norms
     state, residual = target.clone(), math.inf
-    growth = (RHO[1] / RHO[0]) ** (1 / (LEVELS - 1))
-    for level in range(LEVELS):
-        inverse = _inverse(gram, damping, RHO[0] * growth**level)
-        for iteration in range(ITERATIONS):
+    levels = min(LEVELS, config.iterations)
+    growth = (RHO[1] / RHO[0]) ** (1 / max(1, levels - 1))
+    for level in range(levels):
+        inverse = _inverse(gram, damping, RHO[1] * growth ** (level + 1 - levels))
+        for iteration in range(-(-(config.iterations - level) // levels)):
             kept = torch.where(_loose_mask(state, pattern, group, sizes), state, 0)
             dual = state.sub_(kept)
             if level and not iteration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..precision import product_dtype
 from ..statistics import GramStatistics
 
 # Stop when a round lowers the summed error by less than this fraction.
@@ -27,15 +28,6 @@ def unit_gram(statistics: GramStatistics) -> tuple[torch.Tensor, torch.Tensor]:
 def inverse_norms(norms: torch.Tensor) -> torch.Tensor:
     """1 / norm, and 0 for features of norm 0."""
     return torch.where(norms > 0, 1 / norms, 0)
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """What to multiply matrices in where rounding does not matter: bfloat16 if the hardware does, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def conjugate_gradients(

@@ -1,10 +1,12 @@
-"""What each choice is worth: the ablations of the SparseGPT and Wanda papers, on SmolLM2-135M-Instruct in bfloat16.
+"""What each choice is worth: the ablations of the SparseGPT and Wanda papers and ours, on SmolLM2-135M-Instruct.
 
 - `metric`: the score of a weight, what it competes with, and whether the weights that stay are updated;
 - `samples`: calibration windows, 1 to 256 (of C4: validation has fewer);
 - `damping`: of the Hessian;
 - `seqlen`: tokens per window, 128 to 2,048, the same number of tokens in all;
-- `source`: validation text, C4, text that the model itself generates.
+- `source`: validation text, C4, text that the model itself generates;
+- `tokens`: whether all tokens count alike;
+- `iterations`: of ADMM.
 
 Perplexity over the first 20 windows of WikiText-2 raw test and, if the folder has it, of C4 behind what calibrates.
 """
@@ -25,7 +27,7 @@ from optimum_sparse.loading import load_model
 
 # Windows of C4 that may calibrate; the text behind them evaluates.
 C4_WINDOWS = 200
-KINDS = ("metric", "samples", "damping", "seqlen", "source")
+KINDS = ("metric", "samples", "damping", "seqlen", "source", "tokens", "iterations")
 
 # Name, options of `SparseConfig`, and calibration windows.
 Rows = Iterator[tuple[str, dict[str, Any], torch.Tensor]]
@@ -36,9 +38,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("kind", choices=KINDS, help="what is varied")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(smollm2())
+    model, tokenizer = load_model(smollm2(), args.dtype)
     texts = evaluation_texts(args.data, tokenizer)
     windows = calibration_windows(args.data, tokenizer, CALIBRATION_WINDOWS)
     others = None
@@ -50,6 +53,8 @@ def main() -> None:
         "damping": lambda: damping(windows),
         "seqlen": lambda: seqlen(windows),
         "source": lambda: source(windows, others, model),
+        "tokens": lambda: equal_tokens(windows),
+        "iterations": lambda: iterations(windows),
     }[args.kind]()
     print_header(texts)
     results = [measure(n, {"sparsity": args.sparsity, **o}, model, w, texts) for n, o, w in rows]
@@ -90,6 +95,19 @@ def source(windows: torch.Tensor, others: torch.Tensor | None, model: Any) -> Ro
     sources["self"] = generate_windows(model, first_tokens(model, CALIBRATION_WINDOWS, generator), SEQLEN, seed=0)
     for method, (name, text) in product(("wanda", "sparsegpt"), sources.items()):
         yield f"{method} {name}", {"method": method}, text
+
+
+def equal_tokens(windows: torch.Tensor) -> Rows:
+    """Tokens as large as they are, or all alike."""
+    for method, equal in product(("wanda", "sparsegpt", "admm"), (False, True)):
+        name = f"{method}, {'all alike' if equal else 'as they are'}"
+        yield name, {"method": method, "equal_tokens": equal}, windows
+
+
+def iterations(windows: torch.Tensor) -> Rows:
+    """How often weights and mask take turns."""
+    for number in (4, 8, 16, 24, 48):
+        yield f"admm {number}", {"method": "admm", "iterations": number}, windows
 
 
 if __name__ == "__main__":

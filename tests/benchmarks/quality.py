@@ -1,6 +1,6 @@
 """Perplexity and time of the methods at 50 %, 2:4 and 70 %, on the text of calibration and on other text.
 
-SmolLM2-135M-Instruct in bfloat16; calibration on 16 windows of 2,048 tokens of WikiText-2 raw validation, perplexity
+SmolLM2-135M-Instruct; calibration on 16 windows of 2,048 tokens of WikiText-2 raw validation, perplexity
 over the first 20 of test and, if the folder has it, of C4.
 """
 
@@ -47,10 +47,11 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, help="draw the calibration windows with this seed (default: the first ones)"
     )
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     options = {name: json.loads(value) for name, value in (option.split("=", 1) for option in args.option)}
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(smollm2())
+    model, tokenizer = load_model(smollm2(), args.dtype)
     windows = calibration(args.data, tokenizer, args.seed)
     texts = evaluation_texts(args.data, tokenizer)
     print_header(texts)
@@ -65,6 +66,7 @@ def main() -> None:
         "calibration_seed": args.seed,
         "evaluation_windows": EVALUATION_WINDOWS,
         "seqlen": SEQLEN,
+        "dtype": args.dtype,
     }
     write_json(args.json, {"machine": machine(args.threads), "settings": settings, "rows": results})
 

@@ -46,6 +46,8 @@ EVERY_FIELD = {
     "block_range": ("--block-range 1 3", (1, 3)),
     "block_size": ("--block-size 64", 64),
     "dampening_frac": ("--dampening-frac 0.1", 0.1),
+    "equal_tokens": ("--equal-tokens", True),
+    "iterations": ("--iterations 24", 24),
     "true_sequential": ("--no-true-sequential", False),
     "min_expert_tokens": ("--min-expert-tokens 32", 32),
     "calibrate_all_experts": ("--calibrate-all-experts", True),
@@ -113,7 +115,7 @@ def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture, monk
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(SparseConfig):
         assert field.metadata["help"] in text
-    for shown in ("MODEL", "OUT", "(default: 128)", "(default: sparsegpt)", "(default: yes)", "--no-true-sequential"):
+    for shown in ("MODEL", "OUT", "(default: 128)", "(default: admm)", "(default: yes)", "--no-true-sequential"):
         assert shown in text
     assert "default: None" not in text
 

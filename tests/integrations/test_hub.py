@@ -191,7 +191,7 @@ def test_push_and_pull(tmp_path: Path):
     metadata = json.loads(lines[0])
     assert metadata == json.loads(files["config.json"])["sparsity_config"]
     assert (metadata["base_model"], metadata["base_revision"]) == ("base/dense", revision)
-    assert (metadata["method"], metadata["pattern"], metadata["achieved_sparsity"]) == ("sparsegpt", "2:4", 0.5)
+    assert (metadata["method"], metadata["pattern"], metadata["achieved_sparsity"]) == ("admm", "2:4", 0.5)
     header = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert header["base_model"] == "base/dense"
     assert str(tmp_path) not in files["README.md"].decode() + files["config.json"].decode()
