@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_sparse.precision import BACKENDS, exact_in_half, full_precision
+from optimum_sparse.precision import BACKENDS, exact_in_half, full_precision, half_penalty
 from optimum_sparse.statistics import GramStatistics
 
 
@@ -51,3 +51,7 @@ def test_half_precision_is_multiplied_as_it_is_on_gpus_only() -> None:
 
     exact = {dtype for dtype in (torch.float32, torch.float16, torch.bfloat16) if exact_in_half(OnGpu(dtype))}
     assert exact == {torch.float16, torch.bfloat16}
+
+
+def test_half_precision_takes_some_multiple_of_the_time() -> None:
+    assert all(0.01 < half_penalty(dtype) < 1000 for dtype in (torch.bfloat16, torch.float16))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from optimum_sparse import SparseConfig, SparsePruner
+from optimum_sparse import SparseConfig, SparsePruner, run
 from optimum_sparse.matrices import find_matrices
 from optimum_sparse.metadata import matrix_of
 from optimum_sparse.patterns import num_pruned
@@ -20,7 +20,7 @@ from .architectures import sweep_model
 from .checkpoints import tiny_tokenizer
 from .helpers import HIDDEN, tiny_batches, tiny_model
 
-METHODS = ["magnitude", "wanda", "sparsegpt", "sparsegpt-reference"]
+METHODS = ["magnitude", "wanda", "sparsegpt", "admm", "sparsegpt-reference"]
 TEXT = [" ".join(f"{n} squared is {n * n}." for n in range(400))]
 
 
@@ -66,13 +66,33 @@ def test_pruned_outputs_stay_close_in_the_order_of_the_methods():
     with torch.no_grad():
         dense.model.embed_tokens.weight *= torch.linspace(0.02, 3, HIDDEN)  # some features matter much more
     batches = tiny_batches(num=8, rows=4)
-    for method in ("magnitude", "wanda", "sparsegpt"):
+    for method in ("magnitude", "wanda", "sparsegpt", "admm"):
         model = copy.deepcopy(dense)
         pruner = SparsePruner(method=method, sparsity=0.5, num_samples=32, progress=False)
         pruner.prune(model, dataset=batches)
         with torch.no_grad():
             errors[method] = sum((model(**b).logits - dense(**b).logits).square().sum().item() for b in batches)
-    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+    assert errors["admm"] < errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+@pytest.mark.parametrize(("method", "alike"), [("admm", True), ("sparsegpt", False), ("wanda", False)])
+def test_all_tokens_count_alike_by_default_for_admm_only(method: str, alike: bool):
+    models = {choice: tiny_model() for choice in (None, True, False)}
+    for choice, model in models.items():
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:9] *= 30  # tokens that the first norm does not make like the others
+            model.model.layers[0].mlp.down_proj.weight[:, :5] *= 30
+        pruned(model, method=method, equal_tokens=choice)
+    weights = {choice: model.model.layers[0].mlp.down_proj.weight for choice, model in models.items()}
+    assert torch.equal(weights[None], weights[alike]) and not torch.equal(weights[None], weights[not alike])
+
+
+@pytest.mark.parametrize("slower", [1.5, 7.0])
+def test_a_cpu_that_is_slow_in_half_precision_is_named(monkeypatch, capsys, slower: float):
+    monkeypatch.setattr(run, "half_penalty", lambda dtype: slower)
+    pruner = SparsePruner(num_samples=6)
+    pruner.prune(tiny_model().bfloat16(), dataset=tiny_batches())
+    assert ("takes 7 times as long for products in torch.bfloat16" in capsys.readouterr().err) == (slower > 2)
 
 
 def test_overrides_block_range_and_targets():

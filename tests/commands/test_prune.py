@@ -183,7 +183,7 @@ def test_magnitude(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
 def test_many_options_give_what_the_library_gives(dense: Path, text: Path, tmp_path: Path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"method": "wanda", "seqlen": 32, "num_samples": 99}))
-    options = "--method sparsegpt --pattern 2:4 --num-samples 6 --batch-size 4 --seed 3 --no-true-sequential"
+    options = "--method admm --pattern 2:4 --num-samples 6 --batch-size 4 --seed 3 --no-true-sequential"
     overrides = ["--override", "down_proj=0.25", "--override", "k_proj=0", "--ignore", "lm_head", "layers.0.mlp.*"]
     outputs = ["--report", tmp_path / "reports" / "report.json", "--dtype", "bfloat16", "--device", "cpu"]
     arguments = ["--config", file, *options.split(), *overrides, "--dataset", text, *outputs]
