@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_other_order() -> None:
 
 
 def test_refused_with_numbers_and_advice() -> None:
-    with pytest.raises(ValueError, match=r"at least 1\.\d\d GiB .* held before 0\.39 GiB.*solving") as refusal:
+    with pytest.raises(ValueError, match=r"at least 0\.\d\d GiB .* held before 0\.39 GiB.*solving") as refusal:
         make_plan(WORK, SparseConfig(), 100 * MIB)
     for word in ("seqlen", "method='sparsegpt'", "method='wanda'", "offloaded", "Allow it"):
         assert word in str(refusal.value)

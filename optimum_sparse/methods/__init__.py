@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda.solve, NormStatistics, apart=True, group="output", memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
-    "admm": Method(admm.solve, GramStatistics, parallel=True, equal_tokens=True, memory=(58, 17)),
+    "admm": Method(admm.solve, GramStatistics, parallel=True, equal_tokens=True, memory=(31, 15)),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
     "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
     "wanda-update": Method(

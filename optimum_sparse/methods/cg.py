@@ -21,7 +21,7 @@ def unit_gram(statistics: GramStatistics) -> tuple[torch.Tensor, torch.Tensor]:
     """
     norms = statistics.squared_norms.sqrt()
     inverse = inverse_norms(norms)
-    gram = statistics.gram * inverse * inverse[:, None]
+    gram = (statistics.gram * inverse).mul_(inverse[:, None])
     return gram, norms if norms.any() else torch.ones_like(norms)
 
 

@@ -128,7 +128,8 @@ def test_residual():
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(15, 16)], ids=str)
 def test_masks_on_the_way_are_exact_without_ties(pattern):
     scores = random(30, 240, seed=0)
-    assert torch.equal(admm._loose_mask(scores, pattern, "layer", [30]), keep_mask(scores.abs(), pattern))
+    mask = admm._loose_mask(scores, pattern, admm._limits(scores, pattern, "layer", [30]))
+    assert torch.equal(mask, keep_mask(scores.abs(), pattern))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -136,5 +137,6 @@ def test_thresholds_of_samples_are_close(sparsity, monkeypatch):
     """Also if the sample would otherwise meet the same columns again and again."""
     monkeypatch.setattr(admm, "SAMPLE", 4096)
     scores = random(512, 256, seed=0) * torch.arange(256)
-    mask = admm._loose_mask(scores, Unstructured(sparsity), "layer", [512])
+    pattern = Unstructured(sparsity)
+    mask = admm._loose_mask(scores, pattern, admm._limits(scores, pattern, "layer", [512]))
     assert abs((~mask).float().mean().item() - sparsity) < 0.03
