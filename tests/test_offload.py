@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_sparse import SparsePruner
@@ -96,6 +97,8 @@ def test_same_bits_wherever_the_weights_are(tmp_path: Path, architecture: str, o
         resident = resident or saved.state_dict()
         assert saved.state_dict().keys() == resident.keys()
         assert [name for name, value in saved.state_dict().items() if not torch.equal(value, resident[name])] == []
+        held = get_state_dict_offloaded_model(model) if offloaded_places(model) else model.state_dict()
+        assert [name for name, value in saved.state_dict().items() if not torch.equal(value, held[name])] == []
         # The last bit of a product depends on where in memory its factors begin, in files that are mapped, anywhere.
         torch.testing.assert_close(saved(**batches[0]).logits, logits, rtol=1e-5, atol=1e-6)
         assert saved.config.sparsity_config["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
