@@ -20,7 +20,7 @@ from .calibration.interface import longest_input
 from .config import SparseConfig
 from .estimate import available_memory
 from .matrices import find_blocks, find_matrices, find_weights
-from .methods import METHODS, admm, statistics_for
+from .methods import admm, statistics_for
 from .plan import Footprint, GroupShape, Plan, Workload, make_plan, measure
 from .statistics import GramStatistics
 from .trace import trace
@@ -244,7 +244,7 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         halves = 3 if config.error_correction else 1
         products = halves * sum(g.in_features**2 * g.share for g in model.groups) * tokens
         found["statistics"] = products / (machine.single if machine.is_cpu else machine.half)
-        cubes, iterates = sum(g.in_features**3 for g in model.groups), METHODS[config.method].parallel
+        cubes, iterates = sum(g.in_features**3 for g in model.groups), config.method == "admm"
         # One factorisation in double precision, or an inverse for each penalty.
         inverses = min(admm.LEVELS, config.iterations)
         found["factors"] = inverses * cubes / machine.single if iterates else cubes / 3 / machine.double
@@ -263,7 +263,7 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
 
 
 def measured_rates(memory: int, size: int = 2048) -> Rates:
-    """How fast this CPU is, in two seconds or so.
+    """How fast this CPU is at what linear layers do, in a few seconds.
 
     Args:
         memory: Bytes that may be used.
@@ -272,9 +272,9 @@ def measured_rates(memory: int, size: int = 2048) -> Rates:
 
     def rate(dtype: torch.dtype) -> float:
         one = torch.randn(size, size).to(dtype)
-        one @ one
+        nn.functional.linear(one, one)
         started = time.perf_counter()
-        one @ one
+        nn.functional.linear(one, one)
         return 2 * size**3 / (time.perf_counter() - started)
 
     half, single, double = (max(rate(t), rate(t)) for t in (torch.bfloat16, torch.float32, torch.float64))

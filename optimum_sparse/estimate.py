@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from .config import SparseConfig
-from .methods import METHODS, admm, statistics_for
+from .methods import admm, statistics_for
 from .plan import GroupShape
 from .statistics import GramStatistics
 
@@ -36,7 +36,7 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
         # Half of the Gram matrix in fp32, all of the deviation; error and sweep together take about 6 d^2 operations
         # per output, each iteration 2, and a refinement about 40.
         collect = 6 if config.error_correction else 2
-        iterations = (config.iterations + admm.POLISH) * METHODS[config.method].parallel
+        iterations = config.iterations + admm.POLISH if config.method == "admm" else 0
         solve = 6 + 2 * iterations + 40 * (config.refine is not None)
         extra_flops = sum(g.in_features**2 * (collect * tokens * g.share + solve * g.rows) for g in groups)
         seconds += forward * extra_flops / max(forward_flops, 1)

@@ -81,6 +81,8 @@ def test_bad_values_are_refused_with_a_reason(options, message):
         {"num_samples": 1.5},
         {"seed": "0"},
         {"true_sequential": "no"},
+        {"equal_tokens": 1},
+        {"iterations": 2.5},
         {"dataset": 3},
         {"dataset": [[1, 2]]},
         {"targets": [1]},

@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 SAMPLE = 2**16
 # Steps of conjugate gradients at the end.
 POLISH = 4
-# Rows that are worked on at once: on a CPU so few that they stay in its cache, which also saves memory.
+# Rows that are worked on at once, which saves memory; a GPU needs more of them to be busy.
 ROWS = {"cpu": 256, "cuda": 8192}
 
 

@@ -186,7 +186,7 @@ def sweep(config: LlamaConfig, device: torch.device) -> dict[str, float]:
 @torch.no_grad()
 def papers_way(config: LlamaConfig, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of all blocks from those of a few: two forwards, an fp32 Gram matrix per layer, a loop over columns."""
-    model, how = build(config, device, args.reference_blocks), SparseConfig()
+    model, how = build(config, device, args.reference_blocks), SparseConfig(method="sparsegpt")
     inputs: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def catch(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
