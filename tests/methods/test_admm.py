@@ -119,6 +119,21 @@ def test_each_output_has_its_share_if_asked():
     assert (solution.mask.sum(dim=1) == 16).all()
 
 
+@pytest.mark.parametrize("iterations", [1, 3, 8, 10])
+def test_as_many_iterations_as_asked_for_and_no_more_rows_at_once(monkeypatch, iterations: int):
+    iterate, rows = admm._iterate, []
+    monkeypatch.setattr(admm, "ROWS", {"cpu": 10})
+    monkeypatch.setattr(admm, "TOLERANCE", 0.0)  # or it ends when nothing moves
+    monkeypatch.setattr(admm, "_iterate", lambda state, *rest: (rows.append(len(state)), iterate(state, *rest))[1])
+    weight, inputs = random(24, 64, seed=0), correlated(400, 64, seed=0)
+    found = solve("admm", weight, inputs, Unstructured(0.5), iterations=iterations)
+    assert rows == [10, 10, 4] * iterations
+    monkeypatch.setattr(admm, "ROWS", {})
+    whole = solve("admm", weight, inputs, Unstructured(0.5), iterations=iterations)
+    assert torch.equal(found.mask, whole.mask)
+    torch.testing.assert_close(found.weight, whole.weight, rtol=1e-4, atol=1e-5)
+
+
 def test_residual():
     weight, inputs = random(24, 64, seed=0), correlated(400, 64, seed=0)
     assert solve("admm", weight, inputs, Unstructured(0.0)).residual == 0
