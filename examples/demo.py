@@ -23,7 +23,6 @@ SEQLEN, NUM_SAMPLES, NUM_WINDOWS = 1024, 16, 10
 PROMPT = "The capital of France is"
 RUNS = {
     "magnitude 50 %": {"method": "magnitude", "sparsity": 0.5},
-    "wanda 50 %": {"method": "wanda", "sparsity": 0.5},
     "sparsegpt 50 %": {"method": "sparsegpt", "sparsity": 0.5},
     "admm 2:4": {"method": "admm", "pattern": "2:4"},
     "admm 50 %": {"method": "admm", "sparsity": 0.5},
