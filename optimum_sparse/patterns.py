@@ -123,15 +123,15 @@ def by_matrix(
     Args:
         scores: `[rows, columns]` of stacked matrices; of `SharedRows` the caller's own.
         rows: Row counts of the matrices, `None` if there is one.
-        choose: From the scores of a matrix to its mask.
+        choose: From the scores of a matrix to as many rows, of a mask or of thresholds.
 
     Returns:
-        The masks, stacked as `scores`.
+        What was chosen, stacked as `scores`.
     """
     whole = rows.gather(scores) if isinstance(rows, SharedRows) else scores
-    masks = [choose(matrix) for matrix in whole.split(list(rows or whole.shape[:1]))]
-    mask = masks[0] if len(masks) == 1 else torch.cat(masks)
-    return mask[rows.own] if isinstance(rows, SharedRows) else mask
+    parts = [choose(matrix) for matrix in whole.split(list(rows or whole.shape[:1]))]
+    chosen = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return chosen[rows.own] if isinstance(rows, SharedRows) else chosen
 
 
 def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:

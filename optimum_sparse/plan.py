@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import SparseConfig
@@ -190,7 +191,8 @@ def _plan(
     statistics, solving = 0, 0
     kind = statistics_for(config)
     if kind is not None:
-        statistics = max((kind.num_bytes(group.in_features) for group in work.groups), default=0)
+        device = torch.device("cpu" if work.cpu is None else "cuda")
+        statistics = max((kind.num_bytes(group.in_features, device) for group in work.groups), default=0)
     for group in work.groups:
         solving = max(solving, workspace(config, group.in_features, group.rows))
     batch_tokens = batch_rows * work.row_tokens

@@ -41,6 +41,15 @@ def product_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What to add up in where the order of the terms is not to matter: float64 on a CPU, where that costs little.
+
+    Sums of fp32 numbers are exact in it unless they differ by more than 2^28, so they are the same bits whatever the
+    order and however many processes have parts of it. On a GPU, the terms themselves depend on the shapes of products.
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
 @cache
 def half_penalty(dtype: torch.dtype) -> float:
     """How many times as long this CPU takes for a linear layer in a half precision as for one in float32."""

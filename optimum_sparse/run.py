@@ -167,7 +167,7 @@ class PruningRun:
             digests = {name: digest([json.dumps(fact).encode()]) for name, fact in facts.items()}
             self._processes.check_same({**digests, "calibration data": data})
             if not self._solver.shares_rows:
-                self._report.notes.append("each process solved all rows: the method or the refinement needs them all")
+                self._report.notes.append(f"each process solved all rows: {self.config.method} needs them all")
 
     def _share_out(self) -> None:
         """Of the calibration batches, keep those of this process.
@@ -775,7 +775,7 @@ class PruningRun:
         room = 0.0
         for group in groups:
             assert self._solver.statistics is not None
-            size = self._solver.statistics.num_bytes(group[0].shape[1])
+            size = self._solver.statistics.num_bytes(group[0].shape[1], group[0].device)
             if chunk and size > room:
                 yield chunk
                 chunk = []

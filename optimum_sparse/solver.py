@@ -69,7 +69,7 @@ class Solver:
     @property
     def shares_rows(self) -> bool:
         """Whether processes can each solve some of the rows."""
-        return self._method.apart and not self._config.refine and not self._config.quantization
+        return self._method.apart
 
     def new_statistics(self, matrix: PrunableMatrix, kind: type[Statistics] | None = None) -> Statistics:
         """Empty statistics for the inputs of a matrix, of a kind or that which the method needs."""
@@ -188,7 +188,7 @@ class Solver:
                 for part, whole in zip(lost.split(sizes), energy.split(sizes), strict=True)
             ]
         if gather is not None:
-            solution = replace(solution, weight=gather(solution.weight), mask=gather(solution.mask))
+            solution = solution.gathered(gather)
         parts = zip(solution.weight.split(sizes), solution.mask.split(sizes), strict=True)
         grids = [None] * len(stack) if solution.grid is None else solution.grid.split(sizes)
         solutions = [replace(solution, weight=p, mask=m, grid=g) for (p, m), g in zip(parts, grids, strict=True)]

@@ -1,4 +1,4 @@
-"""What calibration inputs leave behind: column norms or the Gram matrix, accumulated in fp32."""
+"""What calibration inputs leave behind: sums over all tokens of column norms or of the Gram matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from .distributed import Processes
-from .precision import exact_in_half, full_precision
+from .precision import exact_in_half, full_precision, sum_dtype
 
 # Columns per panel of the Gram matrix: only panels on and above the diagonal are computed, which halves the work,
 # and 256 columns are wide enough for the matrix product to run at full speed.
@@ -20,7 +20,7 @@ PANEL_GPU = 1024
 
 
 class Statistics(ABC):
-    """Sums over the inputs of a layer.
+    """Sums over the inputs of a layer, of what is computed in fp32 for those of each batch.
 
     Args:
         in_features: Width of the inputs.
@@ -34,17 +34,17 @@ class Statistics(ABC):
     def __init__(self, in_features: int, device: torch.device | str = "cpu", equal_tokens: bool = False) -> None:
         self.num_tokens = 0
         self._equal_tokens = equal_tokens
-        self._sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
+        self._sums = torch.zeros(self.shape(in_features), dtype=sum_dtype(torch.device(device)), device=device)
 
     @staticmethod
     @abstractmethod
     def shape(in_features: int) -> tuple[int, ...]:
-        """Shape of the sums, which are fp32."""
+        """Shape of the sums."""
 
     @classmethod
-    def num_bytes(cls, in_features: int) -> int:
-        """What they take in memory."""
-        return 4 * math.prod(cls.shape(in_features))
+    def num_bytes(cls, in_features: int, device: torch.device) -> int:
+        """What they take in memory while inputs are added; afterwards they are fp32."""
+        return sum_dtype(device).itemsize * math.prod(cls.shape(in_features))
 
     @staticmethod
     @abstractmethod
@@ -77,8 +77,9 @@ class Statistics(ABC):
         """
 
     def add_up(self, processes: Processes) -> None:
-        """Make them those of the tokens of all processes."""
+        """Make them those of the tokens of all processes, to which nothing is added any more."""
         processes.sum_(self._sums)
+        self._sums = self._sums.float()
         (self.num_tokens,) = processes.totals(self.num_tokens)
 
     def blended(self, layer: Self, share: float) -> Self:
@@ -119,7 +120,7 @@ class NormStatistics(Statistics):
     @property
     def squared_norms(self) -> torch.Tensor:
         """As in `Statistics`."""
-        return self._sums
+        return self._sums.float()
 
     def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """As in `Statistics`, but as if the input features were uncorrelated."""
@@ -151,11 +152,9 @@ class GramStatistics(Statistics):
         inputs, width = (scaled.to(inputs.dtype), PANEL_GPU) if half else (scaled.float(), PANEL)
         with full_precision():
             for start in range(0, inputs.shape[1], width):
-                panel, sums = inputs[:, start : start + width], self._sums[start : start + width, start:]
-                if half:
-                    sums += torch.mm(panel.T, inputs[:, start:], out_dtype=torch.float32)
-                else:
-                    sums.addmm_(panel.T, inputs[:, start:])
+                panel, others = inputs[:, start : start + width].T, inputs[:, start:]
+                product = torch.mm(panel, others, out_dtype=torch.float32) if half else panel @ others
+                self._sums[start : start + width, start:] += product
 
     def add_up(self, processes: Processes) -> None:
         """As in `Statistics`."""
@@ -165,20 +164,20 @@ class GramStatistics(Statistics):
     @cached_property
     def gram(self) -> torch.Tensor:
         """`[in_features, in_features]` fp32, symmetric to the bit."""
-        upper = self._sums.triu()
+        upper = self._sums.float().triu()
         return upper + upper.triu(1).T
 
     def upper_columns(self, start: int, stop: int) -> torch.Tensor:
-        """A view of columns of the Gram matrix down to the diagonal, `[stop, stop - start]`.
+        """Columns of the Gram matrix down to the diagonal, `[stop, stop - start]` fp32.
 
         Of the block on the diagonal, what is below the diagonal may be missing.
         """
-        return self._sums[:stop, start:stop]
+        return self._sums[:stop, start:stop].float()
 
     @property
     def squared_norms(self) -> torch.Tensor:
         """As in `Statistics`."""
-        return self._sums.diagonal()
+        return self._sums.diagonal().float()
 
     def output_energy(self, weight: torch.Tensor) -> torch.Tensor:
         """As in `Statistics`, without a copy of the Gram matrix."""
@@ -205,24 +204,25 @@ class PairedStatistics(GramStatistics):
         self._deviation = torch.zeros_like(self._sums)
 
     @classmethod
-    def num_bytes(cls, in_features: int) -> int:
+    def num_bytes(cls, in_features: int, device: torch.device) -> int:
         """As in `Statistics`."""
-        return 2 * super().num_bytes(in_features)
+        return 2 * super().num_bytes(in_features, device)
 
     def add_deviation(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
         """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
         self.num_paired += inputs.shape[0]
         dense, inputs = self._scaled(dense.float(), inputs), self._scaled(inputs.float())
         with full_precision():
-            self._deviation.addmm_((dense - inputs).T, inputs)
+            self._deviation += (dense - inputs).T @ inputs
 
     @property
     def deviation(self) -> torch.Tensor:
         """`(X_dense - X)^T X`, `[in_features, in_features]` fp32, as if all tokens were as those paired."""
-        return self._deviation * (self.num_tokens / max(self.num_paired, 1))
+        return (self._deviation * (self.num_tokens / max(self.num_paired, 1))).float()
 
     def add_up(self, processes: Processes) -> None:
         """As in `Statistics`."""
         super().add_up(processes)
         processes.sum_(self._deviation)
+        self._deviation = self._deviation.float()
         (self.num_paired,) = processes.totals(self.num_paired)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_sparse.distributed import Processes
 from tests.checkpoints import save_tiny, write_text
-from tests.two_processes import RUNS, main
+from tests.test_experts import CASES
+from tests.two_processes import RUNS, SPLIT, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,30 +58,27 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_what_one_gives(one: Path, two: Path, name: str) -> None:
     expected, found = load_file(one / f"{name}.safetensors"), load_file(two / f"{name}.safetensors")
     assert found.keys() == expected.keys()
-    # What iterates makes much of the last bit: the weights differ, and are as good.
-    iterates = "admm" in name or "refined" in name
+    # Products of a few rows, and of batches that were split, differ in the last bit; all others are the same.
+    exact = name not in SPLIT and name.rsplit(" ")[0] not in CASES
     same = total = 0
-    for key, value in expected.items() if not iterates else ():
-        # Sums in another order, and what follows from them in later layers.
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+    for key, value in expected.items():
+        assert not exact or torch.equal(found[key], value), key
+        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-4, atol=1e-5 * value.abs().max().item())
         same += int(((found[key] == 0) == (value == 0)).sum())
         total += value.numel()
     assert same >= 0.9999 * total
 
     old, new = (json.loads((folder / f"{name}.json").read_text()) for folder in (one, two))
-    first = "sums " + old["entries"][0]["name"]
-    if first in expected:  # nothing was pruned before it
-        assert (found[first] - expected[first]).norm() <= 1e-6 * expected[first].norm()
     assert new["skipped"] == old["skipped"]
     whole = [note for note in new["notes"] if "each process solved all rows" in note]
     assert [note for note in new["notes"] if note not in whole] == old["notes"]
-    assert bool(whole) == any(word in name for word in ("admm", "reference", "refined"))
+    assert bool(whole) == ("reference" in name)
     assert len(new["entries"]) == len(old["entries"])
+    measured = dict.fromkeys(("error", "residual", "seconds"))
     for left, right in zip(new["entries"], old["entries"], strict=True):
-        for field in ("name", "zeros", "numel", "num_tokens", "pattern", "damping", "notes"):
-            assert left[field] == right[field], field
-        assert left["layer_share"] == pytest.approx(right["layer_share"])
-        assert left["error"] == (right["error"] and pytest.approx(right["error"], rel=0.1 if iterates else 1e-3))
+        for figure in ("error", "residual"):
+            assert left[figure] == (right[figure] and pytest.approx(right[figure], rel=0 if exact else 1e-3))
+        assert {**left, **measured} == {**right, **measured}
 
 
 @pytest.mark.slow

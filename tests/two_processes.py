@@ -24,6 +24,8 @@ from tests.test_experts import CASES, batches_of
 
 # The run that shows its progress.
 SHOWN = "magnitude"
+# The run whose one batch is split.
+SPLIT = "one batch of three rows"
 # name -> model, batches, options. Of 3 batches, the processes have 2 and 1.
 RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], dict[str, Any]]] = {}
 
@@ -42,18 +44,21 @@ for order in (True, False):
     _add(f"llama 2:4 {order}", tiny_model, _padded, pattern="2:4", true_sequential=order)
     _add(f"gpt2 {order}", lambda: tiny_model("gpt2"), _padded, true_sequential=order)
     _add(f"refined {order}", tiny_model, _padded, method="wanda", refine="cg", true_sequential=order)
+    _add(f"swapped {order}", tiny_model, _padded, refine="swaps", true_sequential=order)
+    _add(f"quantized {order}", tiny_model, _padded, method="sparsegpt", quantization="int8", true_sequential=order)
+    _add(f"rounded {order}", tiny_model, _padded, quantization="int4", true_sequential=order)
     _add(f"repeated {order}", lambda: tiny_model("zamba2"), _padded, true_sequential=order)
     _add(f"mixtral {order}", tiny_mixtral, _padded, true_sequential=order)
     for experts in ("gpt_oss", "llama4", "jetmoe", "hand-written"):
         build = CASES[experts].build
-        _add(f"{experts} {order}", build, batches_of, true_sequential=order)
+        _add(f"{experts} {order}", build, batches_of, method="sparsegpt", true_sequential=order)
 _add(SHOWN, lambda: tiny_model("llama"), _padded, method="magnitude")
 _add("wanda-update", tiny_model, _padded, method="wanda-update", comparison_group="layer")
 for allocation in ("owl", "dlp", "error"):
     _add(f"allocated {allocation}", tiny_model, _padded, method="wanda", allocation=allocation)
 _add("allocated experts", tiny_mixtral, _padded, allocation="error", pattern="2:4", sparsity=0.3)
 _add("corrected", tiny_model, _padded, error_correction=0.5)
-_add("one batch of three rows", tiny_model, lambda model: tiny_batches(1, rows=3, length=96))
+_add(SPLIT, tiny_model, lambda model: tiny_batches(1, rows=3, length=96))
 
 
 def main(folder: Path) -> None:

@@ -34,8 +34,8 @@ class Method:
         solve: The function described above.
         statistics: Class that accumulates the inputs, or `None` if the method looks at the weights only.
         parallel: Whether several CPU threads speed it up on matrices of any size: large products, no steps per column.
-        apart: Whether processes may each solve some of the rows: what becomes of a row depends on the others by way of
-            `keep_mask` and `by_matrix` alone.
+        apart: Whether processes may each solve some of the rows: what becomes of a row depends on the others only by
+            way of what it gathers.
         sweeps: Whether it goes over the columns one by one, for which there is a kernel on GPUs.
         equal_tokens: Whether all tokens count alike if `equal_tokens` does not say.
         group: Which weights compete if `comparison_group` does not say: those of one `"output"`, or of the `"layer"`.
@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda.solve, NormStatistics, apart=True, group="output", memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
-    "admm": Method(admm.solve, GramStatistics, parallel=True, equal_tokens=True, memory=(31, 15)),
+    "admm": Method(admm.solve, GramStatistics, parallel=True, apart=True, equal_tokens=True, memory=(31, 15)),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
     "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
     "wanda-update": Method(

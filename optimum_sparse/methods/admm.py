@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import SparseConfig
-from ..patterns import NM, Pattern, keep_mask, num_pruned
+from ..patterns import NM, Pattern, SharedRows, by_matrix, keep_mask, num_pruned
 from ..precision import product_dtype
 from ..statistics import GramStatistics
 from .cg import conjugate_gradients, inverse_norms, unit_gram
@@ -23,7 +23,7 @@ LEVELS = 4
 RELAXATION = 1.5
 # Distance between the dense and the sparse copy, relative to the weight, at which they are taken for equal.
 TOLERANCE = 1e-3
-# Entries from which the threshold of a mask on the way is estimated.
+# Entries of a matrix from which the threshold of a mask on the way is estimated.
 SAMPLE = 2**16
 # Steps of conjugate gradients at the end.
 POLISH = 4
@@ -50,7 +50,7 @@ def solve(
 
     See `optimum_sparse.methods` for the arguments.
     """
-    sizes, group, damping = list(rows or weight.shape[:1]), config.comparison_group or "layer", config.dampening_frac
+    group, damping = config.comparison_group or "layer", config.dampening_frac
     gram, norms = unit_gram(statistics)
     target = weight * norms
     state, residual = target.clone(), math.inf
@@ -60,11 +60,11 @@ def solve(
         inverse = _inverse(gram, damping, RHO[1] * growth ** (level + 1 - levels))
         for iteration in range(-(-(config.iterations - level) // levels)):
             shrink = growth if level and not iteration else 1.0  # U is the dual divided by rho
-            limits = _limits(state, pattern, group, sizes)
-            squares = torch.zeros(2, device=state.device)
-            for part, goal, limit in zip(*(x.split(count) for x in (state, target, limits)), strict=True):
-                squares += _iterate(part, goal, _loose_mask(part, pattern, limit), inverse, shrink)
-        residual = (squares[0] / squares[1].clamp(min=torch.finfo(squares.dtype).tiny)).sqrt().item()
+            limits = _limits(state, pattern, group, rows)
+            parts = zip(state.split(count), target.split(count), limits.split(count), strict=True)
+            squares = torch.cat([_iterate(*part, pattern, inverse, shrink) for part in parts])
+        apart, kept = (rows.gather(squares) if isinstance(rows, SharedRows) else squares).sum(dim=0)
+        residual = (apart / kept.clamp(min=torch.finfo(kept.dtype).tiny)).sqrt().item()
         del inverse  # make room for the next
         if residual < TOLERANCE:
             break
@@ -77,14 +77,19 @@ def solve(
 
 
 def _iterate(
-    state: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor, shrink: float
+    state: torch.Tensor,
+    target: torch.Tensor,
+    limits: torch.Tensor,
+    pattern: Pattern,
+    inverse: torch.Tensor,
+    shrink: float,
 ) -> torch.Tensor:
-    """Change S of some rows in place, and return the squared norms of V - Z and of Z, `[2]`."""
-    kept = torch.where(mask, state, 0)
+    """Change S of some rows in place, and return the squared norms of V - Z and of Z, `[rows, 2]`."""
+    kept = torch.where(_loose_mask(state, pattern, limits), state, 0)
     dual = torch.sub(state, kept).div_(shrink)
     move = torch.sub(kept, dual).sub_(target).to(inverse.dtype) @ inverse
     step = move.float().add_(target).sub_(kept)
-    squares = torch.stack([step.square().sum(), kept.square().sum()])
+    squares = torch.stack([step.square().sum(dim=1), kept.square().sum(dim=1)], dim=1)
     torch.add(dual.add_(kept), step, alpha=RELAXATION, out=state)
     return squares
 
@@ -97,14 +102,28 @@ def _inverse(gram: torch.Tensor, damping: float, rho: float) -> torch.Tensor:
     return torch.cholesky_inverse(factor).mul_(rho).to(product_dtype(gram.device))
 
 
-def _limits(state: torch.Tensor, pattern: Pattern, group: str, sizes: Sequence[int]) -> torch.Tensor:
+def _limits(state: torch.Tensor, pattern: Pattern, group: str, rows: Sequence[int] | None) -> torch.Tensor:
     """About the largest score that is to be dropped of what a row competes in, `[rows, 1]`; of N:M not used."""
     if isinstance(pattern, NM):
         return state[:, :1]
     if group == "output":
         count = num_pruned(state.shape[1], pattern.sparsity)
         return state.abs().kthvalue(count, dim=1, keepdim=True).values if count else -torch.ones_like(state[:, :1])
-    return torch.cat([_threshold(part, pattern.sparsity).expand(len(part), 1) for part in state.split(list(sizes))])
+
+    def limit(sample: torch.Tensor) -> torch.Tensor:
+        count = num_pruned(sample.numel(), pattern.sparsity)
+        found = sample.flatten().kthvalue(count).values if count else -torch.ones_like(sample[0, 0])
+        return found.expand(len(sample), 1)
+
+    return by_matrix(_sample(state, rows), rows, limit)
+
+
+def _sample(state: torch.Tensor, rows: Sequence[int] | None) -> torch.Tensor:
+    """Some scores of each row, `[rows, count]`, from all columns in turn."""
+    columns, first = state.shape[1], rows.own.start if isinstance(rows, SharedRows) else 0
+    count = min(columns, -(-SAMPLE // min(rows or state.shape[:1])))
+    row = torch.arange(first, first + len(state), device=state.device)[:, None]
+    return state.gather(1, (row + torch.arange(count, device=state.device) * (columns // count)) % columns).abs()
 
 
 def _loose_mask(state: torch.Tensor, pattern: Pattern, limits: torch.Tensor) -> torch.Tensor:
@@ -113,16 +132,6 @@ def _loose_mask(state: torch.Tensor, pattern: Pattern, limits: torch.Tensor) -> 
     if isinstance(pattern, NM):
         return (scores.view(-1, pattern.m) > _nm_threshold(scores, pattern)[:, None]).view_as(scores)
     return scores > limits
-
-
-def _threshold(state: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """About the largest score of a matrix that is to be dropped."""
-    stride = max(1, state.numel() // SAMPLE)
-    while math.gcd(stride, state.shape[1]) > 1:  # or it would never see some of the columns
-        stride += 1
-    sample = state.reshape(-1)[::stride].abs()
-    count = num_pruned(sample.numel(), sparsity)
-    return sample.kthvalue(count).values if count else -torch.ones_like(sample[0])
 
 
 def _nm_threshold(scores: torch.Tensor, pattern: NM) -> torch.Tensor:

@@ -7,9 +7,6 @@ import torch
 from ..precision import product_dtype
 from ..statistics import GramStatistics
 
-# Stop when a round lowers the summed error by less than this fraction.
-TOLERANCE = 1e-3
-
 
 def unit_gram(statistics: GramStatistics) -> tuple[torch.Tensor, torch.Tensor]:
     """The Gram matrix of the inputs when each feature is scaled to norm 1, which no channel can dominate.
@@ -43,7 +40,7 @@ def conjugate_gradients(
         mask: `[rows, in]`, true where the weight may change.
         gram: G with unit diagonal, `[in, in]` fp32.
         damping: What is added to the diagonal, which keeps the weights near the target.
-        rounds: At most so many rounds; they stop when one gains nothing.
+        rounds: So many rounds.
         steps: Steps of a round, each a product of the size of `deviation @ gram`.
     """
     rounded = gram.to(product_dtype(gram.device))
@@ -55,12 +52,9 @@ def conjugate_gradients(
         product_then = candidate @ gram
         error_then = (product_then * candidate).sum(dim=1, keepdim=True)
         better = error_then < error
-        before = error.sum()
         deviation = torch.where(better, candidate, deviation)
         product = torch.where(better, product_then, product)
         error = torch.where(better, error_then, error)
-        if error.sum() >= (1 - TOLERANCE) * before:
-            break
     return deviation
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -26,3 +28,10 @@ class Solution:
     damping: float | None = None
     residual: float | None = None
     grid: Grid | None = None
+
+    def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """That of all rows, of which several processes have some each; `gather` is as in `SharedRows`."""
+        grid = self.grid
+        if grid is not None:
+            grid = replace(grid, scale=gather(grid.scale), zero=gather(grid.zero))
+        return replace(self, weight=gather(self.weight), mask=gather(self.mask), grid=grid)

@@ -53,7 +53,6 @@ def test_never_raises_the_error_of_an_output(kind, method, pattern):
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_cg_ends_at_least_squares(method, dampening_frac, monkeypatch):
     monkeypatch.setattr(refinement, "ROUNDS", 60)
-    monkeypatch.setattr(cg, "TOLERANCE", 0)
     weight, inputs = problem(0)
     solution = start(method, weight, inputs, Unstructured(0.5))
     config = SparseConfig(dampening_frac=dampening_frac)
