@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from .config import SparseConfig
+from .distributed import Processes
 from .methods import admm, statistics_for
 from .plan import GroupShape
 from .statistics import GramStatistics
@@ -73,6 +74,12 @@ def available_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
+
+
+def free_memory(device: torch.device, processes: Processes) -> int:
+    """What each of the processes may take of the memory that is free on a device, in bytes; the least of it counts."""
+    sharing = processes.num_local if device.type == "cpu" else 1
+    return processes.least(available_memory(device) // sharing)
 
 
 def peak_memory() -> int | None:

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse import SparseConfig, SparsePruner, solver
+from optimum_sparse.blocks import Blocks
 from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.methods import METHODS, correction
 from optimum_sparse.methods.correction import DAMPING
 from optimum_sparse.patterns import Unstructured
 from optimum_sparse.reconstruction import reconstruct
-from optimum_sparse.run import PruningRun
 from optimum_sparse.statistics import GramStatistics, PairedStatistics
 
 from .helpers import tiny_batches, tiny_mixtral, tiny_model
@@ -165,7 +165,7 @@ def test_a_run_that_was_interrupted_goes_on(
 def test_a_block_that_runs_twice_is_there_when_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pruned(tiny_model("zamba2"), tmp_path / "expected")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        best, calls = PruningRun._best, []
+        best, calls = Blocks._best, []
 
         def interrupted(*arguments):
             if len(calls) == 2:
@@ -173,7 +173,7 @@ def test_a_block_that_runs_twice_is_there_when_the_run_goes_on(tmp_path: Path, m
             calls.append(arguments)
             return best(*arguments)
 
-        patch.setattr(PruningRun, "_best", interrupted)
+        patch.setattr(Blocks, "_best", interrupted)
         pruned(tiny_model("zamba2"), resume_from=tmp_path / "progress")
     assert list((tmp_path / "progress").glob("*.safetensors"))
     pruned(tiny_model("zamba2"), tmp_path / "resumed", resume_from=tmp_path / "progress")
@@ -230,7 +230,7 @@ def test_blocks_are_trained_towards_the_dense_model_by_the_same_share(monkeypatc
         targets.append({batch: output.clone() for batch, output in outputs.items()})
         return reconstruct(block, names, outputs, *rest)
 
-    monkeypatch.setattr("optimum_sparse.run.reconstruct", noted)
+    monkeypatch.setattr("optimum_sparse.blocks.reconstruct", noted)
     pruned(model, correction=0.3, reconstruct=1)
     before = copy.deepcopy(dense)  # as the second block was when it was pruned
     before.model.layers[0].load_state_dict(model.model.layers[0].state_dict())

@@ -212,10 +212,10 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.
         return reconstruct(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("optimum_sparse.run.reconstruct", interrupted)
+        patch.setattr("optimum_sparse.blocks.reconstruct", interrupted)
         pruned(tiny_model(num_hidden_layers=3), resume_from=progress)
     monkeypatch.setattr(
-        "optimum_sparse.run.reconstruct", lambda *arguments: (done.append(arguments), reconstruct(*arguments))[1]
+        "optimum_sparse.blocks.reconstruct", lambda *arguments: (done.append(arguments), reconstruct(*arguments))[1]
     )
     resumed = pruned(tiny_model(num_hidden_layers=3), tmp_path / "resumed", resume_from=progress)
     assert len(done) == 3  # each block once

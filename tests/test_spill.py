@@ -97,18 +97,18 @@ def test_only_one_batch_is_there_at_a_time(
     true_sequential: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever statistics are added, what all others hold is away."""
-    from optimum_sparse.run import PruningRun
+    from optimum_sparse.stages import Stages
 
     present = []
-    add = PruningRun._add_shown
+    add = Stages._add_shown
 
-    def note(self: PruningRun, *args: object) -> int:
-        owned = self._activations._owned
+    def note(self: Stages, *args: object) -> int:
+        owned = self._forwards.activations._owned
         there = [batch for batch in owned if any(storage.nbytes() >= spill.SMALLEST for storage in owned[batch])]
         present.append(len(there))
         return add(self, *args)
 
-    monkeypatch.setattr(PruningRun, "_add_shown", note)
+    monkeypatch.setattr(Stages, "_add_shown", note)
     model = tiny_model("llama", hidden_size=64)
     batches = tiny_batches(5, rows=4)
     SparsePruner(progress=False, true_sequential=true_sequential).prune(

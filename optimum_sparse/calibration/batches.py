@@ -58,6 +58,11 @@ def _as_rows(values: Any, what: str) -> torch.Tensor:
     return tensor.to(torch.int64).reshape(-1, tensor.shape[-1])
 
 
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """How many rows a batch of model inputs has."""
+    return max(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
 def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     """A batch of tokens in parts of `size` rows; one of other things as it is."""
     if not set(batch) <= {"input_ids", "attention_mask"}:
