@@ -14,6 +14,7 @@ from torch import nn
 from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS, statistics_for, workspace
+from .precision import sum_dtype
 from .spill import Activations
 from .uses import Use, Watched, WeightUses
 
@@ -191,8 +192,10 @@ def _plan(
     statistics, solving = 0, 0
     kind = statistics_for(config)
     if kind is not None:
-        device = torch.device("cpu" if work.cpu is None else "cuda")
-        statistics = max((kind.num_bytes(group.in_features, device) for group in work.groups), default=0)
+        width = max((group.in_features for group in work.groups), default=0)
+        statistics = kind.num_bytes(width)
+        # Before they are solved with, they are fp32 beside what they were summed up in.
+        solving = kind.num_bytes(width, sum_dtype(torch.device("cpu" if work.cpu is None else "cuda")))
     for group in work.groups:
         solving = max(solving, workspace(config, group.in_features, group.rows))
     batch_tokens = batch_rows * work.row_tokens

@@ -16,6 +16,7 @@ from .experts import Experts, Routed
 from .forwards import Arguments, Forwards, OnUse
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix
+from .precision import sum_dtype
 from .report import SparsityReport
 from .solver import Clock, Group, Solved, Solver
 from .statistics import PairedStatistics, Statistics
@@ -235,7 +236,7 @@ class Stages:
         room = 0.0
         for group in groups:
             assert self._solver.statistics is not None
-            size = self._solver.statistics.num_bytes(group[0].shape[1], group[0].device)
+            size = self._solver.statistics.num_bytes(group[0].shape[1], sum_dtype(group[0].device))
             if chunk and size > room:
                 yield chunk
                 chunk = []

@@ -42,9 +42,9 @@ class Statistics(ABC):
         """Shape of the sums."""
 
     @classmethod
-    def num_bytes(cls, in_features: int, device: torch.device) -> int:
-        """What they take in memory while inputs are added; afterwards they are fp32."""
-        return sum_dtype(device).itemsize * math.prod(cls.shape(in_features))
+    def num_bytes(cls, in_features: int, dtype: torch.dtype = torch.float32) -> int:
+        """What they take in memory: in `sum_dtype` while inputs are added, in fp32 afterwards."""
+        return dtype.itemsize * math.prod(cls.shape(in_features))
 
     @staticmethod
     @abstractmethod
@@ -204,9 +204,9 @@ class PairedStatistics(GramStatistics):
         self._deviation = torch.zeros_like(self._sums)
 
     @classmethod
-    def num_bytes(cls, in_features: int, device: torch.device) -> int:
+    def num_bytes(cls, in_features: int, dtype: torch.dtype = torch.float32) -> int:
         """As in `Statistics`."""
-        return 2 * super().num_bytes(in_features, device)
+        return 2 * super().num_bytes(in_features, dtype)
 
     def add_deviation(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
         """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
