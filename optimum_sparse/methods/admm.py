@@ -12,6 +12,7 @@ from ..patterns import NM, Pattern, SharedRows, by_matrix, keep_mask, num_pruned
 from ..precision import product_dtype
 from ..statistics import GramStatistics
 from .cg import conjugate_gradients, inverse_norms, unit_gram
+from .hessian import inverse
 from .solution import Solution
 
 # The penalty rho grows by a constant factor from the first to the last level; each level is one factorisation. The
@@ -57,15 +58,15 @@ def solve(
     levels, count = min(LEVELS, config.iterations), ROWS.get(weight.device.type, len(weight))
     growth = (RHO[1] / RHO[0]) ** (1 / max(1, levels - 1))
     for level in range(levels):
-        inverse = _inverse(gram, damping, RHO[1] * growth ** (level + 1 - levels))
+        resolvent = _resolvent(gram, damping, RHO[1] * growth ** (level + 1 - levels))
         for iteration in range(-(-(config.iterations - level) // levels)):
             shrink = growth if level and not iteration else 1.0  # U is the dual divided by rho
             limits = _limits(state, pattern, group, rows)
             parts = zip(state.split(count), target.split(count), limits.split(count), strict=True)
-            squares = torch.cat([_iterate(*part, pattern, inverse, shrink) for part in parts])
+            squares = torch.cat([_iterate(*part, pattern, resolvent, shrink) for part in parts])
         apart, kept = (rows.gather(squares) if isinstance(rows, SharedRows) else squares).sum(dim=0)
         residual = (apart / kept.clamp(min=torch.finfo(kept.dtype).tiny)).sqrt().item()
-        del inverse  # make room for the next
+        del resolvent  # make room for the next
         if residual < TOLERANCE:
             break
     mask = keep_mask(state.abs(), pattern, group, rows)
@@ -81,25 +82,24 @@ def _iterate(
     target: torch.Tensor,
     limits: torch.Tensor,
     pattern: Pattern,
-    inverse: torch.Tensor,
+    resolvent: torch.Tensor,
     shrink: float,
 ) -> torch.Tensor:
     """Change S of some rows in place, and return the squared norms of V - Z and of Z, `[rows, 2]`."""
     kept = torch.where(_loose_mask(state, pattern, limits), state, 0)
     dual = torch.sub(state, kept).div_(shrink)
-    move = torch.sub(kept, dual).sub_(target).to(inverse.dtype) @ inverse
+    move = torch.sub(kept, dual).sub_(target).to(resolvent.dtype) @ resolvent
     step = move.float().add_(target).sub_(kept)
     squares = torch.stack([step.square().sum(dim=1), kept.square().sum(dim=1)], dim=1)
     torch.add(dual.add_(kept), step, alpha=RELAXATION, out=state)
     return squares
 
 
-def _inverse(gram: torch.Tensor, damping: float, rho: float) -> torch.Tensor:
+def _resolvent(gram: torch.Tensor, damping: float, rho: float) -> torch.Tensor:
     """Rho (G + damping I + rho I)^-1, in the dtype to multiply in; its eigenvalues lie between 0 and 1."""
-    factor = gram.clone()
-    factor.diagonal().add_(damping + rho)
-    factor = torch.linalg.cholesky(factor)
-    return torch.cholesky_inverse(factor).mul_(rho).to(product_dtype(gram.device))
+    damped = gram.clone()
+    damped.diagonal().add_(damping + rho)
+    return inverse(damped).mul_(rho).to(product_dtype(gram.device))
 
 
 def _limits(state: torch.Tensor, pattern: Pattern, group: str, rows: Sequence[int] | None) -> torch.Tensor:

@@ -1,15 +1,18 @@
-"""The factor of a layer's damped Hessian."""
+"""The factor and the inverse of a layer's damped Hessian."""
 
 from __future__ import annotations
 
 import torch
 
 from ..statistics import GramStatistics
+from .threads import one_thread
 
 # Damping is raised tenfold until the factorisation succeeds, up to this fraction of the mean diagonal.
 MAX_DAMPING = 1.0
 # Columns that are factored at once: wide enough for products at full speed.
 PANEL = 512
+# Matrices of up to this width are inverted as a whole.
+LEAF = 256
 
 
 def reversed_cholesky(statistics: GramStatistics, dampening_frac: float) -> tuple[torch.Tensor, float]:
@@ -70,3 +73,26 @@ def _factor(statistics: GramStatistics, damping: torch.Tensor) -> tuple[torch.Te
             other.addmm_(above[:stop], above[other_start:stop].T, alpha=-1)
         factor[: len(panel), start : start + PANEL] = torch.cat([above, upper])
     return factor, torch.stack(failed).any()
+
+
+def inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of a positive definite matrix in its own dtype, by that of a half and of its Schur complement.
+
+    Nearly all of it is products, which have the same bits whatever the number of CPU threads; those of a factorisation
+    of the whole depend on it.
+    """
+    if len(matrix) <= LEAF:
+        with one_thread():
+            return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    half = len(matrix) // 2
+    between = matrix[:half, half:]
+    first = inverse(matrix[:half, :half])
+    along = first @ between
+    second = inverse(torch.addmm(matrix[half:, half:], between.T, along, alpha=-1))
+    across = along @ second
+    return torch.cat(
+        [
+            torch.cat([torch.addmm(first, across, along.T), -across], dim=1),
+            torch.cat([-across.T, second], dim=1),
+        ]
+    )

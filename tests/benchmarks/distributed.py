@@ -37,10 +37,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             runs: dict[int, list[dict[str, Any]]] = {1: [], args.processes: []}
+            each = args.threads // args.processes
             for _ in range(args.repeats):
                 for count, results in runs.items():
-                    results.append(run(count, method, folder / f"{count}.safetensors", args))
-            run(1, method, folder / "reversed.safetensors", args, "--reversed")
+                    results.append(run(count, args.threads // count, method, folder / f"{count}.safetensors", args))
+            run(1, each, method, folder / "reversed.safetensors", args, "--reversed")
             row = {
                 "method": method,
                 **{f"{count}_processes_s": statistics.median(r["seconds"] for r in runs[count]) for count in runs},
@@ -53,8 +54,8 @@ def main() -> None:
                     for one, many in zip(*(results[0]["errors"] for results in runs.values()), strict=True)
                 ),
                 "same_mask": same_mask(folder / "1.safetensors", folder / f"{args.processes}.safetensors"),
-                "same_mask_of_one_in_another_order": same_mask(
-                    folder / "1.safetensors", folder / "reversed.safetensors"
+                f"same_mask_as_one_with_{each}_threads_in_the_opposite_order": same_mask(
+                    folder / f"{args.processes}.safetensors", folder / "reversed.safetensors"
                 ),
             }
         rows.append(row)
@@ -73,16 +74,15 @@ def same_mask(first: Path, second: Path) -> dict[str, float]:
     return {where: equal / total for where, (equal, total) in same.items()}
 
 
-def run(count: int, method: str, out: Path, args: argparse.Namespace, *options: str) -> dict[str, Any]:
-    """Prune in so many processes, and give the time and the record of the main one."""
-    threads = str(args.threads // count)
+def run(count: int, threads: int, method: str, out: Path, args: argparse.Namespace, *options: str) -> dict[str, Any]:
+    """Prune in so many processes of so many threads, and give the time and the record of the main one."""
     command = [sys.executable]
     if count > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [__file__, "--data", str(args.data), "--samples", str(args.samples), "--method", method]
-    command += ["--threads", threads, "--worker", str(out), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    command += ["--threads", str(threads), "--worker", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(out.with_suffix(".json").read_text())
 

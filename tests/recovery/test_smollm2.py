@@ -29,7 +29,7 @@ def pruned(request, smollm2):
 @pytest.fixture(scope="module")
 def rows(smollm2):
     text = "The village lies on the northern bank of the river, below the hills. " * 8
-    ids = smollm2[1](text, return_tensors="pt")["input_ids"][0, :48]
+    ids = smollm2[1](text, return_tensors="pt")["input_ids"][0, :16]
     return [{"input_ids": ids, "labels": ids}] * 4
 
 
