@@ -1,4 +1,4 @@
-"""One pruning run: the ways through the model, and the statistics collected along them."""
+"""One pruning run: what is pruned, in which order, and within which memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -38,15 +38,7 @@ from .spill import Activations
 from .stages import Stages
 from .statistics import NormStatistics
 from .trace import Stop, Trace, trace
-from .uses import Use, Watched
-
-# The statistics that are collected in one pass take at most this share of the memory that is free.
-MEMORY_SHARE = 0.5
-
-# The arguments of a module's call.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Called with the index of a batch and a use in its forward.
-OnUse = Callable[[int, Use], None]
+from .uses import Watched
 
 
 class PruningRun:
@@ -208,10 +200,10 @@ class PruningRun:
         if self.config.allocation is not None:
             matrices = self._allocated(matrices, groups, repeated)
             groups, repeated = self._grouped(matrices, seen)
-        stages = {stop: [group] if group else [] for stop, group in groups.items()}
+        todo = {stop: [group] if group else [] for stop, group in groups.items()}
         if self.config.true_sequential is False:
-            stages = self._by_block(groups, seen)
-        steps = self._steps({None: chain(*repeated), **{stop: chain(*members) for stop, members in stages.items()}})
+            todo = self._by_block(groups, seen)
+        steps = self._steps({None: chain(*repeated), **{stop: chain(*members) for stop, members in todo.items()}})
         clock, busy = Clock(), sum(self._report.seconds.values())
         if repeated and None in steps.left:
             # What runs several times per forward is pruned on its inputs in the dense model, from all of its uses.
@@ -221,7 +213,7 @@ class PruningRun:
         if self.config.error_correction:  # each batch also runs with the weights before they are pruned
             self._forwards.add_twins()
         with self._forwards.activations:
-            self._in_lockstep(groups, stages, steps)
+            self._in_lockstep(groups, todo, steps)
         steps.finish()
         busy = sum(self._report.seconds.values()) - busy
         self._solver.spend("forward", clock.elapsed - busy)
@@ -319,28 +311,28 @@ class PruningRun:
 
     def _by_block(self, groups: Mapping[Stop, Group], seen: Trace) -> dict[Stop, list[Group]]:
         """As the papers' code: all matrices of a block see the inputs they have before any of them is pruned."""
-        stages: dict[Stop, list[Group]] = {}
+        todo: dict[Stop, list[Group]] = {}
         for stop, group in groups.items():
             if stop in self._blocks:
-                stages.setdefault(stop, [])
+                todo.setdefault(stop, [])
             for block in dict.fromkeys(seen.blocks[matrix.view] for matrix in group):
                 members = [matrix for matrix in group if seen.blocks[matrix.view] == block]
-                stages.setdefault(stop if block is None else block, []).append(members)
-        return stages
+                todo.setdefault(stop if block is None else block, []).append(members)
+        return todo
 
-    def _in_lockstep(self, groups: Mapping[Stop, Group], stages: Mapping[Stop, Sequence[Group]], steps: Steps) -> None:
+    def _in_lockstep(self, groups: Mapping[Stop, Group], todo: Mapping[Stop, Sequence[Group]], steps: Steps) -> None:
         """Forwards that stop for each stage.
 
         Args:
             groups: What receives a new input at each stop; nothing where experts or blocks are entered.
-            stages: Where to stop, and what is to be pruned there.
+            todo: Where to stop, and what is to be pruned there.
             steps: Which of them are still to be done.
         """
         experts = [stop for stop in groups if isinstance(stop, str) and stop not in self._blocks]
         everywhere = bool(self._forwards.num_twins)
-        stops = [stop for stop in stages if everywhere or stop in steps.left or stop in self._residency.units]
+        stops = [stop for stop in todo if everywhere or stop in steps.left or stop in self._residency.units]
         parked: dict[Stop, Group] = {
-            stop: group for stop in stops if not isinstance(stop, str) for group in stages[stop]
+            stop: group for stop in stops if not isinstance(stop, str) for group in todo[stop]
         }
         blocks = Blocks(
             self._blocks,
@@ -365,12 +357,12 @@ class PruningRun:
                 elif stop in experts:
                     self._stages.feed_experts(lockstep, str(stop), calls, parked)
                 else:
-                    trained = blocks.solve(lockstep, str(stop), calls, stages[stop], experts)
+                    trained = blocks.solve(lockstep, str(stop), calls, todo[stop], experts)
                     steps.trained |= dict.fromkeys(trained, stop)
                 steps.did(stop)
         for stop, batches in steps.all_late().items():
             late = f"{batches} of {self._forwards.num_batches} batches came to it"
-            for matrix in chain(*stages[stop]):
+            for matrix in chain(*todo[stop]):
                 self._report.notes.append(f"{matrix.name}: {late} only after it was pruned and do not count")
 
 
