@@ -158,7 +158,6 @@ def test_tied_layers_are_one_matrix():
         (["layers.0.mlp.up_proj"], lambda name: name == "model.layers.0.mlp.up_proj"),
         (["*"], lambda name: name != "lm_head"),
     ],
-    ids=str,
 )
 def test_targets(targets, expected):
     model = tiny_model()
