@@ -125,3 +125,42 @@ def test_output_energy():
     assert torch.allclose(gram.output_energy(weight).double(), outputs.square().sum(0), rtol=1e-4)
     diagonal = (weight.double().square() * inputs.double().square().sum(0)).sum(1)
     assert torch.allclose(norms.output_energy(weight).double(), diagonal, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [NormStatistics, GramStatistics, PairedStatistics])
+def test_the_order_of_batches_does_not_matter_to_the_bit(kind):
+    """Nor do the parts that several processes have of them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(tokens, 300, generator=generator) * 10**scale for tokens, scale in ((50, 0), (1, 3), (70, -2))
+    ]
+
+    def collected(parts):
+        statistics = kind(300)
+        for part in parts:
+            statistics.add(part)
+            if kind is PairedStatistics:
+                statistics.add_deviation(part, part.sin())
+        return statistics
+
+    class Two:
+        """Another process that has the batches from the second on."""
+
+        others = collected(inputs[1:])
+
+        def sum_(self, tensor):
+            tensor += self.others._sums if tensor is whole._sums else self.others._deviation
+
+        def totals(self, count):
+            return [count + 71]
+
+    whole = collected(inputs[:1])
+    whole.add_up(Two())
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        found = collected([inputs[index] for index in order])
+        assert found.num_tokens == whole.num_tokens
+        assert torch.equal(found.squared_norms, whole.squared_norms)
+        if kind is not NormStatistics:
+            assert torch.equal(found.gram, whole.gram)
+        if kind is PairedStatistics:
+            assert torch.equal(found.deviation, whole.deviation)
