@@ -62,7 +62,18 @@ class Blocks:
     def solve(
         self, lockstep: Lockstep, block: str, calls: Sequence[Call], groups: Sequence[Group], entries: Sequence[str]
     ) -> list[str]:
-        """Prune the matrices of a block at whose entry batches are parked, and return what else was changed."""
+        """Prune the matrices of a block, all on the inputs that they have before.
+
+        Args:
+            lockstep: The forwards.
+            block: Name of the block.
+            calls: The batches that are parked at its entry.
+            groups: Its matrices that share their inputs.
+            entries: Names of modules of experts, in this block or others.
+
+        Returns:
+            Names of the parameters that were trained besides.
+        """
         entered: dict[str, dict[int, Arguments]] = {name: {} for name in entries if f"{name}.".startswith(f"{block}.")}
         module, outputs, dense_outputs = self._forwards.model.get_submodule(block), {}, {}
         calls, twins = self._forwards.apart(calls)

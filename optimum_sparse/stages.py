@@ -121,7 +121,14 @@ class Stages:
         return max(0.0, 1 - own.num_tokens / enough) if own.num_tokens < num_layer else 0.0
 
     def feed_experts(self, lockstep: Lockstep, name: str, calls: Sequence[Call], groups: Mapping[Stop, Group]) -> None:
-        """Prune the experts of a module that few or no tokens are routed to, before any token goes there."""
+        """Prune the experts of a module that few or no tokens are routed to, before any token goes there.
+
+        Args:
+            lockstep: The forwards; they stop no more for what was pruned.
+            name: Name of the module.
+            calls: The batches that are parked at its entry.
+            groups: What is to be pruned at each stop, those of the experts among it.
+        """
         with self._forwards.activations.shown([call.payload for call in calls]):
             self._feed_shown(lockstep, name, calls, groups)
 
