@@ -86,7 +86,10 @@ class RuntimeReport:
         if self.dense_bytes:
             part = self.bytes / self.dense_bytes
             lines.append(f"weights of these layers: {self.bytes:,} of {self.dense_bytes:,} bytes ({part:.0%})")
-        reasons = {layer.reason: layer.names for layer in self.layers if layer.reason}
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                reasons.setdefault(layer.reason, []).extend(layer.names)
         lines += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
         lines += [f"{name}: {reason}" for name, reason in self.untouched.items()]
         return "\n".join(lines)
