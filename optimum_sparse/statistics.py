@@ -150,7 +150,8 @@ class GramStatistics(Statistics):
         scaled = self._scaled(inputs)
         half = exact_in_half(inputs)
         inputs, width = (scaled.to(inputs.dtype), PANEL_GPU) if half else (scaled.float(), PANEL)
-        with full_precision():
+        # Autocast, for the model's sake, would round the factors.
+        with full_precision(), torch.autocast(inputs.device.type, enabled=False):
             for start in range(0, inputs.shape[1], width):
                 panel, others = inputs[:, start : start + width].T, inputs[:, start:]
                 product = torch.mm(panel, others, out_dtype=torch.float32) if half else panel @ others
@@ -212,7 +213,7 @@ class PairedStatistics(GramStatistics):
         """Add what inputs that `add` has seen are in the dense model, both `[tokens, in_features]`."""
         self.num_paired += inputs.shape[0]
         dense, inputs = self._scaled(dense.float(), inputs), self._scaled(inputs.float())
-        with full_precision():
+        with full_precision(), torch.autocast(inputs.device.type, enabled=False):
             self._deviation += (dense - inputs).T @ inputs
 
     @property
