@@ -78,8 +78,8 @@ def _factor(statistics: GramStatistics, damping: torch.Tensor) -> tuple[torch.Te
 def inverse(matrix: torch.Tensor) -> torch.Tensor:
     """The inverse of a positive definite matrix in its own dtype, by that of a half and of its Schur complement.
 
-    Nearly all of it is products, which have the same bits whatever the number of CPU threads; those of a factorisation
-    of the whole depend on it.
+    Nearly all of it is products, whose bits usually do not depend on the number of CPU threads; those of one
+    factorisation of the whole do.
     """
     if len(matrix) <= LEAF:
         with one_thread():
