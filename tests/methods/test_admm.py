@@ -7,7 +7,7 @@ import torch
 
 from optimum_sparse.config import SparseConfig
 from optimum_sparse.methods import METHODS, admm
-from optimum_sparse.patterns import NM, Unstructured, keep_mask
+from optimum_sparse.patterns import NM, SharedRows, Unstructured, keep_mask
 from optimum_sparse.statistics import GramStatistics
 from tests.methods import oracles
 
@@ -155,3 +155,19 @@ def test_thresholds_of_samples_are_close(sparsity, monkeypatch):
     pattern = Unstructured(sparsity)
     mask = admm._loose_mask(scores, pattern, admm._limits(scores, pattern, "layer", [512]))
     assert abs((~mask).float().mean().item() - sparsity) < 0.03
+
+
+def test_thresholds_do_not_depend_on_who_has_which_rows(monkeypatch):
+    monkeypatch.setattr(admm, "SAMPLE", 200)
+    scores, sizes, parts = random(48, 64, seed=0) * torch.arange(64), (30, 18), (slice(0, 24), slice(24, 48))
+
+    def gather(own: torch.Tensor) -> torch.Tensor:
+        samples = [admm._sample(scores[part], SharedRows(sizes, part, gather)) for part in parts]
+        assert any(torch.equal(own, sample) for sample in samples)
+        return torch.cat(samples)
+
+    whole = admm._limits(scores, Unstructured(0.5), "layer", sizes)
+    assert len(whole.unique()) == 2  # one for each matrix
+    for part in parts:
+        limits = admm._limits(scores[part], Unstructured(0.5), "layer", SharedRows(sizes, part, gather))
+        assert torch.equal(limits, whole[part])
