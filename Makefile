@@ -9,9 +9,10 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Two files at a time: few tests can use more than one thread
+# Two files at a time, in the order of their names: few tests can use more than one thread, and by the number of their
+# tests, which is what pytest-xdist would sort them by, files of a few long ones would come last
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

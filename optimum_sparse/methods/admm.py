@@ -86,13 +86,15 @@ def _iterate(
     shrink: float,
 ) -> torch.Tensor:
     """Change S of some rows in place, and return the squared norms of V - Z and of Z, `[rows, 2]`."""
-    kept = torch.where(_loose_mask(state, pattern, limits), state, 0)
-    dual = torch.sub(state, kept).div_(shrink)
-    move = torch.sub(kept, dual).sub_(target).to(resolvent.dtype) @ resolvent
-    step = move.float().add_(target).sub_(kept)
-    squares = torch.stack([step.square().sum(dim=1), kept.square().sum(dim=1)], dim=1)
-    torch.add(dual.add_(kept), step, alpha=RELAXATION, out=state)
-    return squares
+    keep = _loose_mask(state, pattern, limits)
+    if shrink != 1:
+        state.copy_(torch.where(keep, state, state / shrink))
+    kept = torch.where(keep, state, 0)
+    # Z - U - B with its sign changed, in few passes: these take a third of the time, the product the rest.
+    move = torch.sub(target, kept, alpha=2).add_(state)
+    step = torch.sub(target, kept).sub_(move.to(resolvent.dtype) @ resolvent)
+    state.add_(step, alpha=RELAXATION)
+    return torch.stack([torch.linalg.vector_norm(part, dim=1).square() for part in (step, kept)], dim=1)
 
 
 def _resolvent(gram: torch.Tensor, damping: float, rho: float) -> torch.Tensor:
