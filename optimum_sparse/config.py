@@ -31,7 +31,7 @@ ALLOCATIONS = ("owl", "dlp", "error")
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "admm", "iterations": 8},
     "balanced": {"method": "admm", "iterations": 24},
-    "best": {"method": "admm", "iterations": 24, "error_correction": 0.5, "reconstruct": 8},
+    "best": {"method": "admm", "iterations": 24, "error_correction": 0.5, "reconstruct": 3},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
