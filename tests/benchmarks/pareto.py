@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 SURFACE, INK = "#ffffff", "#1a1a1a"
 FRONT, OTHERS = "#0f6fde", "#8a8a8a"
@@ -77,13 +77,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     ):
         best = front(points)
         axes.plot(*zip(*(points[name] for name in best), strict=True), color=FRONT, lw=1.5, zorder=1)
-        for name, (x, y) in points.items():
+        for number, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1])):
             color = FRONT if name in best else OTHERS
             axes.plot(x, y, "o", ms=6, color=color, mec=SURFACE, mew=1, zorder=2)
-            axes.annotate(name, (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
+            place = (0, 7 if number % 2 else -14)  # neighbours do not write over each other
+            axes.annotate(name, (x, y), place, textcoords="offset points", ha="center", fontsize=8, color=INK)
         axes.set(xscale="log", yscale="log", title=target if ":" in target else f"{target} % zeros")
         axes.set(xlabel="processor seconds", ylabel="perplexity")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_formatter(NullFormatter())
         axes.margins(0.2)
