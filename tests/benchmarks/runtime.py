@@ -88,7 +88,8 @@ class Linears:
         }
         self.inputs = {columns: torch.randn(1, columns).to(dtype) for columns in {c for _, c in SHAPES}}
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.prepacked = [reorder(weight, 1) for weight in self.dense] if dtype == torch.bfloat16 else []
+        in_order = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.prepacked = [reorder(weight, 1) for weight in self.dense] if in_order else []
 
     def torch(self) -> None:
         """As Transformers does it."""
