@@ -150,7 +150,7 @@ INLINE float portable_total(float8 s)
     {                                                                                                                 \
         for (int64_t tile = 0; tile < num_tiles; tile++, masks += 4 * TILE_ROWS) {                                    \
             __builtin_prefetch(masks + 4096);                                                                         \
-            for (size_t line = 0; line < 128 * sizeof(value); line += 64)                                             \
+            for (size_t line = 0; line < TILE_ROWS * TILE_COLUMNS / 2 * sizeof(value); line += 64)                    \
                 __builtin_prefetch((const char *)values + 8192 + line);                                               \
             UNROLL for (int row = 0; row < TILE_ROWS; row++)                                                          \
                 UNROLL for (int j = 0; j < TILE_COLUMNS; j += LANES) {                                                \
