@@ -1,8 +1,8 @@
 """The sweep: every causal language model type of Transformers, against an oracle that reruns the whole model.
 
 The oracle sees matrix products one level below the package, where PyTorch dispatches them, and knows nothing of stops,
-greenlets or layer classes: for each group of matrices in the order in which they run, it reruns the model with
-everything pruned so far, takes the inputs of the group, and prunes it. It shares with the package only the methods.
+greenlets or layer classes: it finds what goes into each group of matrices when all that run before it are pruned, and
+prunes the group on that. It shares with the package only the methods.
 
 `python -m tests.test_architectures` writes the support table of the docs, which the tests compare with what they see.
 """
@@ -126,7 +126,7 @@ def one_expert_at_a_time(model: PreTrainedModel) -> Iterator[None]:
 
 
 def products_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> list[Product]:
-    with torch.no_grad(), Products(model) as seen:
+    with torch.no_grad(), one_expert_at_a_time(model), Products(model) as seen:
         model(**batch, use_cache=False)
     return seen.products
 
@@ -145,10 +145,23 @@ def in_order(sequences: Sequence[Sequence[Key]]) -> list[Key]:
     return order
 
 
-def prune_by_reruns(
-    model: PreTrainedModel, batches: Batches, config: SparseConfig, weights: Mapping[Key, torch.Tensor]
+def prune_as_by_reruns(
+    weights: Mapping[Key, torch.Tensor],
+    dense: Sequence[Sequence[Product]],
+    pruned: Sequence[Sequence[Product]],
+    config: SparseConfig,
 ) -> None:
-    """Prune `weights`, `[out, in]` views into the model, one whole pass over the data for every group of them."""
+    """Prune matrices as if the whole model were run again, for each group in turn, with all groups before it pruned.
+
+    What goes into a group depends on what runs before it, and on nothing else. So a single run of the pruned model
+    shows the inputs that each group had at its turn, if those before it are right; of these, the same holds.
+
+    Args:
+        weights: Of the dense model, `[out, in]` each; pruned in place.
+        dense: Products of the dense model, for each batch. What is used more than once is pruned on these.
+        pruned: The same of the model that was pruned.
+        config: How.
+    """
 
     def statistics_of(products: Sequence[Product]) -> Any:
         statistics = METHODS[config.method].statistics(products[0].inputs.shape[1])
@@ -166,32 +179,26 @@ def prune_by_reruns(
         for weight, solved in zip(stack, solution.weight.split(rows), strict=True):
             weight.copy_(solved)
 
-    dense = [[product for product in products_of(model, batch) if product.key in weights] for batch in batches]
     counts = Counter()
     for products in dense:
         counts |= Counter(product.key for product in products)
-    done = {key for key, count in counts.items() if count > 1}
-    for key in done:
+    repeated = {key for key, count in counts.items() if count > 1 and key in weights}
+    for key in repeated:
         solve([key], statistics_of([product for products in dense for product in products if product.key == key]))
-    while True:
-        passes = [
-            {product.key: product for product in products_of(model, batch) if product.key in weights}
-            for batch in batches
-        ]
-        ready = [key for key in in_order([list(products) for products in passes]) if key not in done]
-        if not ready:
-            return
-        mine = [products.get(ready[0]) for products in passes]
+    passes = [{product.key: product for product in products} for products in pruned]
+    left = [key for key in in_order([list(products) for products in passes]) if key in weights and key not in repeated]
+    while left:
+        mine = [products.get(left[0]) for products in passes]
         group = [
             other
-            for other in ready
+            for other in left
             if all(
                 a is b or (a and b and a.source == b.source and torch.equal(a.inputs, b.inputs))
                 for a, b in zip(mine, (products.get(other) for products in passes), strict=True)
             )
         ]
         solve(group, statistics_of([product for product in mine if product is not None]))
-        done.update(group)
+        left = [key for key in left if key not in group]
 
 
 # What the table says.
@@ -277,18 +284,20 @@ def check_zeros(model: PreTrainedModel, dense: PreTrainedModel, pruner: SparsePr
         assert torch.equal(buffer, before), name
 
 
-def check_oracle(model: PreTrainedModel, dense: PreTrainedModel, batches: Batches, pruner: SparsePruner) -> None:
-    """The same bits as by reruns, but for experts that no token went to: reruns do not show them."""
+def check_oracle(
+    model: PreTrainedModel, dense: PreTrainedModel, batches: Batches, pruner: SparsePruner, run: list[list[Product]]
+) -> None:
+    """The same bits as by reruns, but for experts that no token went to: reruns do not show them.
+
+    `run` has the products of the dense model for each batch.
+    """
     expected = copy.deepcopy(dense)
     expected.config.sparsity_config = model.config.sparsity_config
     shared = {entry.name for entry in pruner.report.matrices if entry.layer_share}
     ours, theirs = matrices_of(model), matrices_of(expected)
-    for name in shared:
-        theirs[name][1].detach().copy_(ours[name][1])
     weights = {key: matrix.detach() for name, (key, matrix) in theirs.items() if name not in shared}
-    with one_expert_at_a_time(expected):
-        prune_by_reruns(expected, batches, pruner.config, weights)
-    different = [name for name in ours if not torch.equal(ours[name][1], theirs[name][1])]
+    prune_as_by_reruns(weights, run, [products_of(model, batch) for batch in batches], pruner.config)
+    different = [name for name in ours if name not in shared and not torch.equal(ours[name][1], theirs[name][1])]
     assert not different
 
 
@@ -319,11 +328,12 @@ def one_thread() -> Iterator[None]:
 def test_sweep(model_type, tmp_path):
     dense = sweep_model(model_type)
     batches = sweep_batches(dense, num=2, encoder=True)
+    run = [products_of(dense, batch) for batch in batches]
     for options in COMBINATIONS:
         model = copy.deepcopy(dense)
         pruner = prune(model, batches, options)
         check_zeros(model, dense, pruner)
-        check_oracle(model, dense, batches, pruner)
+        check_oracle(model, dense, batches, pruner, run)
     row = row_of(model, pruner)
     assert row.coverage >= 0.95 or row.dense
     assert str(row) in TABLE.read_text(encoding="utf-8"), f"run: python -m tests.test_architectures\n{row}"

@@ -183,8 +183,8 @@ def test_files_that_are_no_gguf(name: str, message: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_gguf(smollm2_gguf: Path, tmp_path: Path):
-    model, tokenizer = load_model(smollm2_gguf)
+def test_gguf(smollm2, smollm2_gguf: Path, tmp_path: Path):
+    model, tokenizer = smollm2  # what `load_model` makes of the file
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model.config, "quantization_config")

@@ -242,10 +242,10 @@ from optimum_sparse.estimate import held_memory, peak_memory
 from optimum_sparse.run import PruningRun
 
 options, place, dtype = json.loads(sys.argv[1]), sys.argv[2] or None, getattr(torch, sys.argv[3])
-config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8,
+config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
                      vocab_size=512)
 model = LlamaForCausalLM(config).to(dtype).eval()
-batches = [{"input_ids": torch.randint(0, 512, (4, 256))} for _ in range(8)]
+batches = [{"input_ids": torch.randint(0, 512, (4, 256))} for _ in range(4)]
 plans = []
 make = PruningRun._make_plan
 def noted(self, groups):

@@ -29,8 +29,8 @@ def pruned(request, smollm2):
 @pytest.fixture(scope="module")
 def rows(smollm2):
     text = "The village lies on the northern bank of the river, below the hills. " * 8
-    ids = smollm2[1](text, return_tensors="pt")["input_ids"][0, :16]
-    return [{"input_ids": ids, "labels": ids}] * 4
+    ids = smollm2[1](text, return_tensors="pt")["input_ids"][0, :8]
+    return [{"input_ids": ids, "labels": ids}] * 2
 
 
 @pytest.mark.parametrize("method", ["lora", "hira", "full", "norms", "distilled"])
@@ -52,7 +52,7 @@ def test_zeros_after_saving_and_loading(method, pruned, rows, smollm2, tmp_path)
     rate = 0.1 if method == "hira" else 1e-3
     trainer = (DistillationTrainer if method == "distilled" else Trainer)(
         model,
-        arguments(tmp_path / "run", max_steps=2, learning_rate=rate, warmup_steps=0),
+        arguments(tmp_path / "run", max_steps=2, learning_rate=rate, warmup_steps=0, per_device_train_batch_size=1),
         train_dataset=rows,
         callbacks=[SparsityCallback(model)] if method == "full" else [],
         **({"teacher": copy.deepcopy(smollm2[0])} if method == "distilled" else {}),

@@ -463,11 +463,9 @@ def test_the_checkpoint_does_not_stay_in_memory(tied: bool, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_generates_the_same_64_tokens(smollm2_gguf):
+def test_smollm2_generates_the_same_64_tokens(smollm2):
     """Float32, half of the weights zero: greedy generation with a cache, and its logits."""
-    from optimum_sparse.loading import load_model
-
-    dense, tokenizer = load_model(str(smollm2_gguf), dtype="float32")
+    dense, tokenizer = copy.deepcopy(smollm2[0]).float(), smollm2[1]
     prune(dense)
     model = copy.deepcopy(dense)
     report = sparsify_for_inference(model, prefer="memory")
