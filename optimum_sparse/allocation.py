@@ -21,15 +21,18 @@ from .statistics import Statistics
 OUTLIER = 5
 # OWL and DLP: what blocks keep of their weights differs by twice as much (lambda and alpha in the papers).
 SPREAD = {"owl": 0.08, "dlp": 0.15}
-# "error": by how much the sparsity of a matrix may differ from that of all. What a layer loses says little of what
-# becomes of it in those behind, so that the least sum is not the best model.
+# "error" and "loss": by how much the sparsity of a matrix may differ from that of all. What a layer loses says little
+# of what becomes of it in those behind, and curvature is that of the dense model: the least sum is not the best model.
 REACH = 0.15
 # Of matrices with more weights than this, every so many rows are looked at.
 SAMPLE = 2**17
 
 
 def allocate(
-    matrices: Sequence[PrunableMatrix], statistics: Sequence[Statistics | None], config: SparseConfig
+    matrices: Sequence[PrunableMatrix],
+    statistics: Sequence[Statistics | None],
+    config: SparseConfig,
+    rises: Sequence[float] | None = None,
 ) -> list[int]:
     """How many zeros each matrix is to have, so that together they have `config.sparsity` of their weights.
 
@@ -38,6 +41,7 @@ def allocate(
     - `"error"`: the share of its outputs that a matrix loses, were inputs uncorrelated and no weight to make up for
       another, is least as a mean over all weights. If the pattern is N:M, the sum over all matrices is least, by
       leaving some of them dense.
+    - `"loss"`: the same, but counted by what the loss of the model is expected to rise by with each matrix.
 
     No matrix keeps less than half of what it would if all kept alike. Matrices of a block whose names differ only in
     numbers, as those of experts do, are taken for one.
@@ -47,6 +51,7 @@ def allocate(
         statistics: Of the inputs of each in the dense model; `None` for one that did not run. If nothing ran of what
             is taken for one, it is left out.
         config: How to allocate.
+        rises: For `"loss"`, what the loss is expected to rise by if a matrix alone is pruned as all are to be.
 
     Returns:
         Zeros of each matrix. Their sum is what was asked for, to the element. A method that lets the weights of each
@@ -54,19 +59,22 @@ def allocate(
         matrices allow.
     """
     counts = [num_pruned(matrix.numel, matrix.pattern.sparsity) for matrix in matrices]
-    units = _units(matrices, statistics, by_block=config.allocation != "error")
+    units = _units(matrices, statistics, by_block=config.allocation in SPREAD)
+    if rises is not None:
+        for unit in units:
+            unit.rise = sum(rises[index] for index in unit.inputs)
     if not units:
         return counts
     assert config.sparsity is not None
     budget = num_pruned(sum(unit.numel for unit in units), config.sparsity)
     if isinstance(pattern := matrices[0].pattern, NM):
-        losses = [unit.relative(partial(pattern_loss, pattern=pattern)) for unit in units]
+        losses = [unit.losses(partial(pattern_loss, pattern=pattern), 1) for unit in units]
         pruned = least_loss(losses, [sum(counts[index] for index in unit.members) for unit in units], budget)
         for unit, is_pruned in zip(units, pruned, strict=True):
             for index in unit.members:
                 counts[index] *= is_pruned
         return counts
-    columns = (_by_loss if config.allocation == "error" else _by_block)(units, budget, config)
+    columns = (_by_block if config.allocation in SPREAD else _by_loss)(units, budget, config)
     for unit, number in zip(units, columns, strict=True):
         for index, matrix in unit.members.items():
             counts[index] = number * matrix.shape[0]
@@ -156,12 +164,16 @@ def pattern_loss(scores: torch.Tensor, pattern: NM) -> torch.Tensor:
 
 @dataclass
 class _Unit:
-    """Matrices that get the same sparsity, by their number among all, and the statistics of those that ran."""
+    """Matrices that get the same sparsity, by their number among all, and the statistics of those that ran.
+
+    `rise` is what the loss of the model is expected to rise by when they are pruned as all are, if that is known.
+    """
 
     block: str
     width: int
     members: dict[int, PrunableMatrix] = field(default_factory=dict)
     inputs: dict[int, Statistics] = field(default_factory=dict)
+    rise: float | None = None
 
     @property
     def height(self) -> int:
@@ -194,6 +206,16 @@ class _Unit:
             energy += scores.sum(dtype=torch.float64).item()
         return lost / (energy or 1)
 
+    def losses(self, losses: Callable[[torch.Tensor], torch.Tensor], asked: int) -> torch.Tensor:
+        """What is lost with each further step of zeros: of the loss of the model, if its rise is known, or of outputs.
+
+        Args:
+            losses: As for `relative`.
+            asked: How many steps there would be, did all matrices get the same share of zeros.
+        """
+        lost = self.relative(losses)
+        return lost if self.rise is None else lost * (self.rise / (lost[:asked].sum().item() or 1))
+
     def total(self, function: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Sum over all weights of a function of |W_ij| ||X_j||, per token."""
         return sum(
@@ -222,13 +244,17 @@ def _ceiling(sparsity: float, reach: float = 1.0) -> float:
 
 
 def _by_loss(units: Sequence[_Unit], budget: int, config: SparseConfig) -> list[int]:
-    """Columns to prune in each unit, so that the mean over all weights of the losses is least.
+    """Columns to prune in each unit, so that the sum of the losses is least.
 
-    Were each matrix to count alike, large ones would lose most of their weights: measured, that is worse than uniform.
+    Shares of outputs count by the weights of a unit: were each matrix to count alike, large ones would lose most of
+    theirs, and that is worse than uniform, as measured.
     """
     assert config.sparsity is not None
     group = config.comparison_group or METHODS[config.method].group
-    losses = [unit.relative(partial(column_losses, group=group)) * unit.numel for unit in units]
+    losses = []
+    for unit in units:
+        loss = unit.losses(partial(column_losses, group=group), round(config.sparsity * unit.width))
+        losses.append(loss * unit.numel if unit.rise is None else loss)
     floor, ceiling = config.sparsity - REACH, _ceiling(config.sparsity, REACH)
     least = [max(0, math.ceil(floor * unit.width)) for unit in units]
     most = [math.floor(ceiling * unit.width) for unit in units]

@@ -26,12 +26,12 @@ COMPARISON_GROUPS = ("output", "layer")
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
 QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
-ALLOCATIONS = ("owl", "dlp", "error")
+ALLOCATIONS = ("owl", "dlp", "error", "loss")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "admm", "iterations": 8},
-    "balanced": {"method": "admm", "iterations": 24},
-    "best": {"method": "admm", "iterations": 24, "error_correction": 0.5, "reconstruct": 3},
+    "balanced": {"method": "admm", "iterations": 12, "allocation": "loss"},
+    "best": {"method": "admm", "iterations": 24, "allocation": "loss", "error_correction": 0.5, "reconstruct": 3},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
@@ -151,8 +151,9 @@ class SparseConfig:
     allocation: str | None = _option(
         None,
         "give each matrix a sparsity of its own, with as many zeros in all of them together: by outliers ('owl') or "
-        "means ('dlp') of weights times inputs, or so that the estimated error is least ('error'); with a "
-        "pattern, 'error' and a lower sparsity choose which matrices stay dense (default: the same for all)",
+        "means ('dlp') of weights times inputs, so that the estimated error of matrices is least ('error'), or that "
+        "the loss of the model is ('loss'); with a pattern and a lower sparsity, the last two choose which matrices "
+        "stay dense (default: the same for all)",
     )
 
     def __post_init__(self) -> None:
@@ -237,16 +238,16 @@ class SparseConfig:
             )
         if self.pattern is None:
             return
-        if self.allocation != "error":
+        if self.allocation not in ("error", "loss"):
             raise ValueError(
                 f"allocation={self.allocation!r} does not go with pattern {self.pattern!r}, which a matrix has or has "
-                "not: choose allocation='error', or leave one of them out."
+                "not: choose allocation='error' or 'loss', or leave one of them out."
             )
         implied = resolve_sparsity(None, self.pattern)
         if self.sparsity == implied:
             raise ValueError(
-                f"allocation='error' has nothing to choose: pattern {self.pattern!r} in all matrices is a sparsity of "
-                f"{implied:g}. Give a lower sparsity, so that some matrices stay dense."
+                f"allocation={self.allocation!r} has nothing to choose: pattern {self.pattern!r} in all matrices is a "
+                f"sparsity of {implied:g}. Give a lower sparsity, so that some matrices stay dense."
             )
 
     @property
@@ -257,6 +258,8 @@ class SparseConfig:
     @classmethod
     def preset(cls, preset: str, **options: Any) -> SparseConfig:
         """The options of a preset, and others, which win over it.
+
+        With a pattern there is no `allocation` unless it is given: all matrices get the pattern.
 
         Args:
             preset: `"fast"`, `"balanced"` or `"best"`.
@@ -285,7 +288,7 @@ class SparseConfig:
         if preset is not None:
             _check_choice("preset", preset, tuple(PRESETS))
         given = {key: value for key, value in options.items() if key != "preset"}
-        options = {**PRESETS[preset], **given} if preset is not None else given
+        options = {**preset_options(preset, given.get("pattern")), **given} if preset is not None else given
         for key in options:
             if key not in names:
                 raise ValueError(f"Unknown option {key!r}{_closest(key, names)} Options are: {', '.join(names)}.")
@@ -308,6 +311,11 @@ class SparseConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON ({error}).") from error
         return cls.from_dict(options)
+
+
+def preset_options(preset: str, pattern: str | None) -> dict[str, Any]:
+    """The options of a preset, but for an allocation if there is a pattern, which all matrices are to have."""
+    return {name: value for name, value in PRESETS[preset].items() if name != "allocation" or pattern is None}
 
 
 def resolve_sparsity(sparsity: float | None, pattern: str | None, some_dense: bool = False) -> float:

@@ -22,6 +22,7 @@ from .estimate import available_memory
 from .matrices import find_blocks, find_matrices, find_weights
 from .methods import admm, statistics_for
 from .plan import Footprint, GroupShape, Plan, Workload, make_plan, measure
+from .sensitivity import allocation_forwards
 from .statistics import GramStatistics
 from .trace import trace
 from .uses import Watched
@@ -235,8 +236,8 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
     tokens = config.num_samples * seqlen
     linear = sum(2 * g.in_features * g.rows * g.share for g in model.groups) * tokens
     attention = 2 * len(model.blocks) * seqlen * model.hidden * tokens
-    forwards = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
-    forwards += config.allocation is not None
+    forwards: float = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
+    forwards += allocation_forwards(config.allocation, tokens)
     found = {"forward": forwards * (linear + attention) / machine.half}
     kind = statistics_for(config)
     if kind is not None and issubclass(kind, GramStatistics):

@@ -14,6 +14,7 @@ from .config import SparseConfig
 from .distributed import Processes
 from .methods import admm, statistics_for
 from .plan import GroupShape
+from .sensitivity import allocation_forwards
 from .statistics import GramStatistics
 
 
@@ -28,7 +29,7 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
     """
     seconds = 2 * forward if config.true_sequential is False else forward
     seconds *= 2 if config.error_correction else 1
-    seconds += forward * (config.allocation is not None)
+    seconds += forward * allocation_forwards(config.allocation, tokens)
     # A step of training costs three forwards.
     seconds += 3 * forward * (config.reconstruct or 0)
     kind = statistics_for(config)

@@ -106,10 +106,16 @@ class Forwards:
         first = len(self.batches) - self.num_twins
         return [c for c in calls if c.batch < first], {c.batch - first: c for c in calls if c.batch >= first}
 
-    def run(self, batch: Mapping[str, Any]) -> None:
-        """Run the model on a batch, on the device of its embeddings and without a cache."""
+    def on(self, batches: Sequence[Mapping[str, Any]]) -> Forwards:
+        """The same for other batches of this process."""
+        other = Forwards(self.model, self._parameters, self._residency, self._processes, batches)
+        other._count()
+        return other
+
+    def run(self, batch: Mapping[str, Any]) -> Any:
+        """What the model puts out for a batch, on the device of its embeddings and without a cache."""
         inputs = {k: v.to(self._device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        self.model(**{**inputs, **self._options})
+        return self.model(**{**inputs, **self._options})
 
     def whole(self, on_use: OnUse) -> None:
         """Run the model on one batch after the other."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sensitivity
 from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS, statistics_for, workspace
@@ -33,12 +34,14 @@ class Footprint:
         entering: What it holds while it waits at the entry of a block, at most.
         running: What it holds on the way, at most.
         shares: For each parameter, the part of the tokens that a matrix in it receives: less than 1 for experts.
+        logits: How many logits the model puts out for a token.
     """
 
     waiting: float
     entering: float
     running: float
     shares: Mapping[str, float] = field(default_factory=dict)
+    logits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def make_plan(work: Workload, config: SparseConfig, budget: int, activation_devi
     if config.method not in ("wanda", "magnitude"):
         own = METHODS[config.method].memory
         advice += [f"method='{lighter}'" for lighter in ("sparsegpt", "wanda") if METHODS[lighter].memory < own]
+    if config.allocation == "loss":
+        advice.append("allocation='error'")
     if not work.units:
         advice.append("weights that are offloaded (device_map={'': 'disk'}; on the command line, --max-memory)")
     parts = ", ".join(f"{what} {gib(size)}" for what, size in least.memory.items() if size)
@@ -200,6 +205,8 @@ def _plan(
         solving = max(solving, workspace(config, group.in_features, group.rows))
     batch_tokens = batch_rows * work.row_tokens
     running = int(MARGIN * footprint.running * batch_tokens)
+    if config.allocation == "loss":
+        running = max(running, _with_gradients(work, batch_rows))
     # The inputs of all matrices of a block in the dense model, to be paired with those in the pruned one.
     pairs = max(_block_sums(work.groups, lambda group: group.in_features).values(), default=0) if streams == 2 else 0
     # Weights in fp32 with gradients, two moments and a mask, twice in their own type; a graph holds what it has run.
@@ -218,6 +225,16 @@ def _plan(
         "outputs of the dense block": int(MARGIN * footprint.entering * work.tokens) if largest else 0,
     }
     return Plan(true_sequential, place, batch_rows, memory, budget, waiting if place else 0)
+
+
+def _with_gradients(work: Workload, batch_rows: int) -> int:
+    """What a batch takes that gradients are taken on, and the gradient of the largest matrix."""
+    footprint, groups = work.footprint, work.groups
+    # All blocks keep what they have computed, about twice what is there of one at a time; of the logits there are the
+    # probabilities, their sums and gradients besides.
+    per_token = 2 * footprint.running * len({group.block for group in groups}) + 20 * footprint.logits
+    largest = max((group.in_features * group.rows for group in groups), default=0)
+    return int(MARGIN * per_token * batch_rows * min(sensitivity.LENGTH, work.row_tokens)) + 8 * largest
 
 
 def _block_sums(groups: Sequence[GroupShape], size: Callable[[GroupShape], int]) -> dict[str, int]:
@@ -265,9 +282,11 @@ def measure(
         received[use.view.parameter][use.view.part] += use.inputs.shape[:-1].numel()
 
     with _at_entries(model, blocks, entered), WeightUses(watched, used, called), activations.computing(0):
-        forward(batch)
+        output = forward(batch)
+    logits = getattr(output, "logits", None)
+    num_logits = logits.numel() if isinstance(logits, torch.Tensor) else 0
     shares = {name: parts.total() / len(parts) / tokens for name, parts in received.items()}
-    return Footprint(waiting / tokens, entering / tokens, running / tokens, shares)
+    return Footprint(waiting / tokens, entering / tokens, running / tokens, shares, num_logits / tokens)
 
 
 @contextmanager

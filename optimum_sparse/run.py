@@ -19,7 +19,7 @@ from torch import nn
 
 from .allocation import allocate, allocated, describe
 from .blocks import Blocks
-from .calibration.batches import num_rows
+from .calibration.batches import num_rows, shortened
 from .config import SparseConfig
 from .distributed import Processes
 from .estimate import duration, free_memory, held_memory, num_tokens, run_seconds
@@ -33,10 +33,11 @@ from .progress import Progress
 from .quantization import Grid
 from .report import SparsityReport
 from .resume import Steps, depends_on, digest, fingerprint, kept_allocation
+from .sensitivity import excerpt, expected_rises
 from .solver import Clock, Group, Solver
 from .spill import Activations
 from .stages import Stages
-from .statistics import NormStatistics
+from .statistics import NormStatistics, Statistics
 from .trace import Stop, Trace, trace
 from .uses import Watched
 
@@ -158,7 +159,7 @@ class PruningRun:
 
     def _probe(self, data_free: bool) -> Trace | None:
         """See on short batches which weights are used, in which order, and which share their inputs."""
-        batches = map(_shortened, self._given)
+        batches = map(shortened, self._given)
         try:
             with self._solver.timed("probe"):
                 return trace(self._forwards.run, batches, self._model, self._parameters, self._blocks)
@@ -190,6 +191,11 @@ class PruningRun:
 
     def _calibrated(self, matrices: list[PrunableMatrix], seen: Trace) -> list[PrunableMatrix]:
         """Prune what can be pruned on the calibration data, and return the matrices as they were asked to be."""
+        if self.config.allocation == "loss" and self._residency.units:
+            raise ValueError(
+                "allocation='loss' takes gradients of the whole model, and parts of it are offloaded: load it into "
+                "memory, or choose allocation='error', which takes none."
+            )
         groups, repeated = self._grouped(matrices, seen)
         self._forwards.share_out()
         self._make_plan([*filter(None, groups.values()), *repeated])
@@ -236,18 +242,38 @@ class PruningRun:
         free = [matrix for matrix in matrices if not matrix.overridden]
         counts = kept_allocation(self._folder)
         if counts is None or len(counts) != len(free):
+            by_loss = self.config.allocation == "loss"
+            forwards = self._forwards
+            if by_loss:
+                forwards = forwards.on(excerpt(forwards.batches, self._processes.count))
+            stages = self._stages.along(forwards)
             entered = [stop for stop in groups if stop in self._residency.units]
             known = [*filter(None, groups.values()), *repeated]
-            tallies = self._stages.collect(known, partial(self._forwards.side_by_side, entered), NormStatistics)
-            inputs = {m.view: tally.statistics for group, tally in zip(known, tallies, strict=True) for m in group}
+            tallies = stages.collect(known, partial(forwards.side_by_side, entered), NormStatistics)
+            found = {m.view: tally.statistics for group, tally in zip(known, tallies, strict=True) for m in group}
+            inputs = [found.get(matrix.view) for matrix in free]
             with self._solver.timed("allocation"):
-                counts = allocate(free, [inputs.get(matrix.view) for matrix in free], self.config)
+                rises = self._expected_rises(forwards, free, inputs) if by_loss else None
+                counts = allocate(free, inputs, self.config, rises)
             # Of several processes that of the main one counts, to the bit.
             counts = self._processes.totals(*(count * self._processes.is_main for count in counts))
         self._allocation = counts
         self._report.notes += [describe(free, counts, self.config)] if free else []
         zeros = {matrix.view: count for matrix, count in zip(free, counts, strict=True)}
         return [matrix if matrix.overridden else allocated(matrix, zeros[matrix.view]) for matrix in matrices]
+
+    def _expected_rises(
+        self, forwards: Forwards, matrices: Sequence[PrunableMatrix], inputs: Sequence[Statistics | None]
+    ) -> list[float]:
+        """What the loss is expected to rise by with each matrix, from the batches of all processes."""
+        group = self.config.comparison_group or METHODS[self.config.method].group
+        # A batch has the seed that it would have in one process.
+        first, step = self.config.seed + self._processes.index, self._processes.count
+        seeds = range(first, first + step * len(forwards.batches), step)
+        found = expected_rises(forwards.run, forwards.batches, matrices, inputs, group, seeds)
+        rises = torch.tensor(found, dtype=torch.float64, device=self._processes.device)
+        self._processes.sum_(rises)
+        return rises.tolist()
 
     def _steps(self, members: Mapping[Any, Iterable[PrunableMatrix]]) -> Steps:
         """The steps that prune matrices, with what was done of them before."""
@@ -269,7 +295,7 @@ class PruningRun:
         """Choose how to run within the memory that there is, and say what it will take."""
         device = execution_device(self._model)
         batches = self._forwards.batches
-        batch = _shortened(batches[0])
+        batch = shortened(batches[0])
         short, tokens = num_tokens(batch), self._processes.most(sum(map(num_tokens, batches)))
         with self._solver.timed("probe") as clock:
             # The probe has paid for warming up.
@@ -364,10 +390,3 @@ class PruningRun:
             late = f"{batches} of {self._forwards.num_batches} batches came to it"
             for matrix in chain(*todo[stop]):
                 self._report.notes.append(f"{matrix.name}: {late} only after it was pruned and do not count")
-
-
-def _shortened(batch: Mapping[str, Any], length: int = 256) -> dict[str, Any]:
-    """The start of a batch of tokens, to probe with; batches of other things as they are."""
-    if not set(batch) <= {"input_ids", "attention_mask"}:
-        return dict(batch)
-    return {name: value[:, :length] for name, value in batch.items()}

@@ -259,6 +259,10 @@ class Stages:
         allowed = self._processes.least(self._max_memory - held_memory(device))
         return min(free_memory(device, self._processes), allowed)
 
+    def along(self, forwards: Forwards) -> Stages:
+        """The same on other inputs."""
+        return Stages(self._config, forwards, self._solver, self._report, self._processes, self._max_memory)
+
     def collect(
         self, groups: Sequence[Group], forwards: Callable[[OnUse], None], kind: type[Statistics] | None = None
     ) -> list[Tally]:

@@ -120,6 +120,32 @@ def test_error_is_the_least_of_all_allocations(monkeypatch: pytest.MonkeyPatch, 
     assert sum(curve[n] for curve, n in zip(curves, found, strict=True)) == pytest.approx(least, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_loss_is_the_least_of_all_allocations(monkeypatch: pytest.MonkeyPatch, method: str):
+    """The errors of each matrix, scaled so that half of its columns lose what the loss rises by."""
+    monkeypatch.setattr(allocation, "REACH", 1.0)
+    config = SparseConfig(method=method, sparsity=0.5, allocation="loss")
+    matrices, statistics = problem(config, {f"{i}.w": (4, 6) for i in range(4)})
+    rises = [0.1, 3.0, 0.0, 1.0]
+    counts = allocate(matrices, statistics, config, rises)
+    assert sum(counts) == budget_of(matrices, config) and counts[2] == math.floor(0.75 * 6) * 4
+    curves = []
+    for matrix, inputs, rise in zip(matrices, statistics, rises, strict=True):
+        errors = [error_of(scores(matrix, inputs), config, columns) for columns in range(7)]
+        curves.append([rise * error / errors[3] for error in errors])
+    choices = [c for c in itertools.product(range(5), repeat=4) if sum(c) == sum(counts) // 4]
+    least = min(sum(curve[n] for curve, n in zip(curves, choice, strict=True)) for choice in choices)
+    assert sum(curve[n // 4] for curve, n in zip(curves, counts, strict=True)) == pytest.approx(least, rel=1e-6)
+    assert counts != allocate(matrices, statistics, SparseConfig(method=method, sparsity=0.5, allocation="error"))
+
+
+def test_loss_decides_what_stays_dense():
+    config = SparseConfig(pattern="2:4", sparsity=0.25, allocation="loss")
+    matrices, statistics = problem(config, {f"{i}.w": (4, 8) for i in range(4)})
+    counts = allocate(matrices, statistics, config, [0.3, 0.1, 0.4, 0.2])
+    assert counts == [0, 16, 0, 16]
+
+
 def test_error_does_not_depend_on_size():
     """A matrix with all rows twice loses what it would with all rows once."""
     config = SparseConfig(sparsity=0.6, allocation="error")
@@ -296,7 +322,11 @@ OPTIONS = {
     "admm": {"allocation": "error", "method": "admm", "sparsity": 0.7},
     "by output": {"allocation": "error", "method": "wanda"},
     "2:4": {"allocation": "error", "pattern": "2:4", "sparsity": 0.3},
+    "loss": {"allocation": "loss", "sparsity": 0.6},
+    "loss by output": {"allocation": "loss", "method": "wanda"},
+    "loss, 2:4": {"allocation": "loss", "pattern": "2:4", "sparsity": 0.3},
 }
+OFFLOADED = [options for options in OPTIONS.values() if options["allocation"] != "loss"]  # gradients are in memory
 BUILDS = {
     "llama": tiny_model,
     "mixtral": tiny_mixtral,
@@ -360,7 +390,7 @@ def test_everything_overridden_leaves_nothing_to_allocate():
     assert report.sparsity == 0.25 and not [note for note in report.notes if note.startswith("allocation ")]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", OFFLOADED, ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_offloaded_weights_come_to_the_same(tmp_path: Path, options: dict):
     expected = tiny_model()
@@ -400,6 +430,7 @@ def test_inspect_and_packing_take_it(tmp_path: Path, name: str):
         ({"allocation": "owl", "method": "magnitude"}, "does not go with method='magnitude'"),
         ({"allocation": "owl", "pattern": "2:4", "sparsity": 0.4}, "'owl' does not go with pattern '2:4'"),
         ({"allocation": "error", "pattern": "2:4"}, "Give a lower sparsity"),
+        ({"allocation": "loss", "pattern": "2:4"}, "'loss' has nothing to choose.*Give a lower sparsity"),
         ({"allocation": "error", "pattern": "2:4", "sparsity": 0.5}, "Give a lower sparsity"),
         ({"allocation": "error", "pattern": "2:4", "sparsity": 0.6}, "leave sparsity out"),
         ({"pattern": "2:4", "sparsity": 0.4}, "leave sparsity out"),

@@ -123,6 +123,14 @@ def test_presets_are_options_that_others_win_over(preset: str):
     assert "preset" not in config.to_dict()  # what it stood for is what counts, also if that changes
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_patterns_alone(preset: str):
+    assert SparseConfig.preset(preset, pattern="2:4").allocation is None
+    assert SparseConfig.preset(preset, pattern=None).allocation == PRESETS[preset].get("allocation")
+    some_dense = SparseConfig.preset(preset, pattern="2:4", sparsity=0.4, allocation="loss")
+    assert some_dense.allocation == "loss"
+
+
 def test_an_unknown_preset():
     with pytest.raises(ValueError, match="Unknown preset 'bset': did you mean 'best'"):
         SparseConfig.preset("bset")

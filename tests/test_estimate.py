@@ -27,6 +27,7 @@ def test_time_is_that_of_the_forwards():
     assert seconds(method="wanda") == 15
     assert seconds(method="wanda", true_sequential=False) == 30
     assert seconds(method="wanda", allocation="owl") == 30  # one more, through the dense model
+    assert seconds(method="wanda", allocation="loss") == 75  # of 300 tokens gradients are taken of all
 
 
 def test_sparsegpt_adds_the_gram_matrix_and_the_solve():

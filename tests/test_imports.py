@@ -35,6 +35,7 @@ ORDER = [
     "statistics",
     "methods",
     "allocation",
+    "sensitivity",
     "report",
     "runtime.kernels",
     "runtime.tiles",

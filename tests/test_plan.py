@@ -267,6 +267,7 @@ print(json.dumps([peak_memory() - plans[0].memory["held before"], plans[0].peak 
         ({}, "float32", ""),
         ({}, "float32", "disk"),
         ({"true_sequential": False}, "float32", "disk"),
+        ({"method": "wanda", "allocation": "loss"}, "float32", ""),
         ({"reconstruct": 1}, "float32", ""),
         ({"error_correction": 0.5}, "float32", ""),
         ({"error_correction": 0.5, "reconstruct": 1}, "float32", "disk"),

@@ -54,7 +54,7 @@ for order in (True, False):
         _add(f"{experts} {order}", build, batches_of, method="sparsegpt", true_sequential=order)
 _add(SHOWN, lambda: tiny_model("llama"), _padded, method="magnitude")
 _add("wanda-update", tiny_model, _padded, method="wanda-update", comparison_group="layer")
-for allocation in ("owl", "dlp", "error"):
+for allocation in ("owl", "dlp", "error", "loss"):
     _add(f"allocated {allocation}", tiny_model, _padded, method="wanda", allocation=allocation)
 _add("allocated experts", tiny_mixtral, _padded, allocation="error", pattern="2:4", sparsity=0.3)
 _add("corrected", tiny_model, _padded, error_correction=0.5)

@@ -71,6 +71,13 @@ def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
+def shortened(batch: Mapping[str, Any], length: int = 256) -> dict[str, Any]:
+    """The start of a batch of tokens; one of other things as it is."""
+    if not set(batch) <= {"input_ids", "attention_mask"}:
+        return dict(batch)
+    return {name: value[:, :length] for name, value in batch.items()}
+
+
 def stack_rows(rows: Iterable[Row], batch_size: int | None, batch_tokens: int) -> list[dict[str, Any]]:
     """Stack neighbours of equal length, in order.
 

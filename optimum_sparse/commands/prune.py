@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..config import PRESETS, SparseConfig
+from ..config import PRESETS, SparseConfig, preset_options
 from ..loading import load_model, local_path, model_without_weights, read_json
 from . import DTYPES, check_writable, device_called, user_errors
 
@@ -216,7 +216,9 @@ def build_config(args: Namespace) -> SparseConfig:
     # A sparsity and a pattern determine each other: the one that was given replaces both of the file.
     if "sparsity" in given or "pattern" in given:
         from_file = {name: value for name, value in from_file.items() if name not in ("sparsity", "pattern")}
-    return SparseConfig.from_dict({**from_file, **PRESETS.get(args.preset, {}), **given})
+    pattern = given.get("pattern", from_file.get("pattern"))
+    preset = preset_options(args.preset, pattern) if args.preset else {}
+    return SparseConfig.from_dict({**from_file, **preset, **given})
 
 
 def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:

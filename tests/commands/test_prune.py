@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse.commands.prune import PruneCommand, build_config, command_line
-from optimum_sparse.config import PRESETS, SparseConfig
+from optimum_sparse.config import SparseConfig, preset_options
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import SparsityReport
@@ -144,7 +144,10 @@ def test_config_file_and_options(tmp_path: Path):
     mixed = config_of(f"--config {file} --pattern 1:4 --targets q_proj")
     assert (mixed.pattern, mixed.sparsity, mixed.targets, mixed.num_samples) == ("1:4", 0.75, ("q_proj",), 9)
     best = config_of(f"--config {file} --preset best --method wanda")
-    assert best == SparseConfig.from_dict({**json.loads(file.read_text()), **PRESETS["best"], "method": "wanda"})
+    assert best == SparseConfig.from_dict(
+        {**json.loads(file.read_text()), **preset_options("best", "2:4"), "method": "wanda"}
+    )
+    assert config_of("--preset best").allocation == "loss" and best.allocation is None
     unstructured = config_of(f"--config {file} --sparsity 0.6")
     assert (unstructured.pattern, unstructured.sparsity) == (None, 0.6)
 
