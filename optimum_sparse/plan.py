@@ -146,8 +146,14 @@ def make_plan(work: Workload, config: SparseConfig, budget: int, activation_devi
         activation_device: Where activations wait, if the user has chosen that.
 
     Raises:
-        ValueError: Nothing fits; the message has the numbers, and what to do.
+        ValueError: Nothing fits; the message has the numbers, and what to do. Or gradients are to be taken of a model
+            that is offloaded.
     """
+    if config.allocation == "loss" and work.units:
+        raise ValueError(
+            "allocation='loss' takes gradients of the whole model, and this one is, or would be, offloaded: load it "
+            "into memory, allow more of it, or choose allocation='error', which takes none."
+        )
     candidates = list(_candidates(work, config, budget, activation_device))
     for plan in candidates:
         if plan.peak <= budget:

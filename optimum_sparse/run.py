@@ -191,11 +191,6 @@ class PruningRun:
 
     def _calibrated(self, matrices: list[PrunableMatrix], seen: Trace) -> list[PrunableMatrix]:
         """Prune what can be pruned on the calibration data, and return the matrices as they were asked to be."""
-        if self.config.allocation == "loss" and self._residency.units:
-            raise ValueError(
-                "allocation='loss' takes gradients of the whole model, and parts of it are offloaded: load it into "
-                "memory, or choose allocation='error', which takes none."
-            )
         groups, repeated = self._grouped(matrices, seen)
         self._forwards.share_out()
         self._make_plan([*filter(None, groups.values()), *repeated])

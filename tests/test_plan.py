@@ -85,6 +85,21 @@ def test_refused_with_numbers_and_advice() -> None:
     assert make_plan(WORK, SparseConfig(), int(advised * 2**30)).peak <= advised * 2**30
 
 
+def test_gradients_are_planned_for() -> None:
+    """Those of all blocks at once, if the model is in memory."""
+    uniform, by_loss = SparseConfig(method="wanda"), SparseConfig(method="wanda", allocation="loss")
+    several = replace(WORK, groups=[replace(group, block=str(b)) for group in WORK.groups for b in range(40)])
+    one, other = (make_plan(several, config, 2**40).memory["running batch"] for config in (uniform, by_loss))
+    assert other >= 2 * 40 * WORK.footprint.running * 8 * 256 > one
+    classes = replace(several, footprint=replace(WORK.footprint, logits=50_000))
+    assert make_plan(classes, by_loss, 2**40).memory["running batch"] >= other + 50_000 * 20 * 8 * 256
+    assert make_plan(several, by_loss, 1800 * MIB).batch_rows < 8
+    with pytest.raises(ValueError, match=r"try .*allocation='error'"):
+        make_plan(several, by_loss, 500 * MIB)
+    with pytest.raises(ValueError, match=r"gradients of the whole model.*allocation='error'"):
+        make_plan(replace(WORK, units=MIB), by_loss, 2**40)
+
+
 def test_pruning_refuses_before_it_starts() -> None:
     model = tiny_model()
     dense = {name: value.clone() for name, value in model.state_dict().items()}
