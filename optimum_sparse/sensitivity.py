@@ -8,6 +8,7 @@ LLM Surgeon", van der Ouderaa et al., ICLR 2024): a forward and a backward of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocation import SAMPLE
 from .calibration.batches import num_rows, shortened
 from .matrices import PrunableMatrix
 from .patterns import keep_mask
@@ -22,8 +24,6 @@ from .statistics import Statistics
 
 # So many windows, of so many tokens at most.
 WINDOWS, LENGTH = 8, 256
-# Of matrices with more weights than this, every so many rows are looked at.
-SAMPLE = 2**17
 
 
 def allocation_forwards(allocation: str | None, tokens: int) -> float:
@@ -71,7 +71,7 @@ def expected_rises(
         For each matrix the rise of the loss in nats, summed over the batches; 0 if no gradient comes to it.
 
     Raises:
-        ValueError: The model puts out no logits.
+        ValueError: The model puts out no logits, or gradients are not finite.
     """
     rises = [0.0] * len(matrices)
     of_parameter: dict[nn.Parameter, list[int]] = {}
@@ -103,6 +103,12 @@ def expected_rises(
                     "the head that it was trained with, or choose allocation='error'."
                 )
             _loss_of_draws(logits, batch, seed).backward(inputs=parameters)
+    if bad := [matrix.name for matrix, rise in zip(matrices, rises, strict=True) if not math.isfinite(rise)]:
+        raise ValueError(
+            f"allocation='loss' needs finite gradients; those of {len(bad)} matrices are not, {bad[0]} among them: "
+            "there is NaN or infinity in the weights, or float16 overflows. Load the model in bfloat16 or float32, or "
+            "choose allocation='error'."
+        )
     return rises
 
 

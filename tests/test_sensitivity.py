@@ -89,10 +89,10 @@ def test_gradients_of_a_float64_model(pattern: Pattern, group: str):
             numbers = torch.rand(logits.shape[:2].numel(), generator=torch.Generator().manual_seed(3 + number))
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             loss = 0.0
-            for position, number_ in enumerate(numbers.double()):
+            for position, uniform in enumerate(numbers.double()):
                 row, token = divmod(position, logits.shape[1])
                 p = logits[row, token].softmax(-1)
-                drawn = next(k for k in range(len(p)) if p[: k + 1].sum() >= number_)
+                drawn = next(k for k in range(len(p)) if p[: k + 1].sum() >= uniform)
                 loss = loss - p[drawn].log() * mask[row, token]
             gradients = torch.autograd.grad(loss, [layer.weight for layer in layers(exact).values()])
             for name, gradient in zip(expected, gradients, strict=True):
@@ -165,8 +165,8 @@ def test_experts_that_no_token_comes_to():
     run = lambda _: SimpleNamespace(logits=layer(torch.ones(2, 6)))  # noqa: E731
     rises = expected_rises(run, [{}], [*matrices, matrices[1]], [statistics, statistics, None], "layer", [0])
     assert rises[0] > 0 and rises[1:] == [0, 0]
-    report = SparsePruner(allocation="loss", progress=False)
-    report.prune(model := tiny_mixtral(), dataset=tiny_batches(2))
+    model = tiny_mixtral()
+    SparsePruner(allocation="loss", progress=False).prune(model, dataset=tiny_batches(2))
     assert model.config.sparsity_config["achieved_sparsity"] == 0.5
 
 
@@ -184,6 +184,13 @@ def test_few_windows_are_taken():
     assert [batch["pixel_values"].shape for batch in excerpt(images)] == [(2, 3, 8, 8)] * 3
     assert allocation_forwards("loss", 100 * WINDOWS * LENGTH) == 0.04 and allocation_forwards("loss", 10) == 4
     assert allocation_forwards("dlp", 10) == 1 and allocation_forwards(None, 10) == 0
+
+
+def test_gradients_that_are_not_finite():
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"finite gradients.*down_proj|finite gradients.*q_proj"):
+        SparsePruner(allocation="loss", progress=False).prune(model, dataset=tiny_batches())
 
 
 def test_what_it_cannot_do(tmp_path):
