@@ -1,6 +1,7 @@
 """The dry run: without weights it finds what a run with weights finds, and its arithmetic is that of the papers."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ LLAMA_2_7B = dict(
 LLAMA_3_8B = dict(LLAMA_2_7B, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256)
 
 
-def outline_of(shape: dict, **options: object) -> Outline:
+@cache
+def outline_of(**shape: int) -> Outline:
     config = LlamaConfig(max_position_embeddings=8192, **shape)
-    return outline(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), SparseConfig(**options))
+    return outline(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), SparseConfig())
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
@@ -66,7 +68,7 @@ def test_arithmetic_of_the_papers_models() -> None:
         (LLAMA_2_7B, 6.48e9, 3.54e15, 1.44e15, 16e12),
         (LLAMA_3_8B, 6.98e9, 3.80e15, 2.15e15, 34e12),
     ):
-        found = outline_of(shape)
+        found = outline_of(**shape)
         assert sum(g.in_features * g.rows for g in found.groups) == pytest.approx(parameters, rel=0.01)
         times = phases(found, SparseConfig(method="sparsegpt"), False, h200)
         assert times["forward"] * h200.half == pytest.approx(forward, rel=0.02)
@@ -84,7 +86,7 @@ def test_arithmetic_of_the_papers_models() -> None:
 
 
 def test_a_model_that_does_not_fit_stays_on_disk() -> None:
-    found, config = outline_of(LLAMA_3_8B), SparseConfig(method="sparsegpt", num_samples=4, seqlen=256)
+    found, config = outline_of(**LLAMA_3_8B), SparseConfig(method="sparsegpt", num_samples=4, seqlen=256)
     offloaded, plan = place(found, config, 400 * 2**20, 5 * 2**30)
     assert offloaded and plan.peak < 5 * 2**30
     assert plan.memory["offloaded blocks"] == found.units < found.weights // 8
@@ -95,7 +97,7 @@ def test_a_model_that_does_not_fit_stays_on_disk() -> None:
 
 
 def test_device_map() -> None:
-    found = outline_of(dict(LLAMA_2_7B, num_hidden_layers=2))
+    found = outline_of(**dict(LLAMA_2_7B, num_hidden_layers=2))
     assert offloading_map(found, torch.device("cpu"), "disk") == {"": "disk"}
     device = torch.device("cuda", 0)
     assert offloading_map(found, device, "cpu") == {

@@ -19,7 +19,7 @@ from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import SparsityReport
 
 from ..beyond_text import bert_model, t5_model
-from ..checkpoints import save_tiny, tiny_tokenizer, write_text
+from ..checkpoints import save_tiny, tiny_tokenizer, write_gguf, write_text
 from .cli import sparse
 
 # What someone types to set each field, and the value that it must get.
@@ -216,19 +216,19 @@ def test_many_options_give_what_the_library_gives(dense: Path, text: Path, tmp_p
     assert sparse("inspect", tmp_path / "out") == 0
 
 
-@pytest.mark.slow
-def test_gguf(smollm2_gguf: Path, tmp_path: Path):
+def test_gguf(tmp_path: Path):
+    file = write_gguf(tmp_path / "tiny.gguf")
     calibration = ["--dataset", "self", "--num-samples", "2", "--seqlen", "32"]
-    options = ["--method", "wanda", *calibration, "--block-range", "28", "30"]
-    assert sparse("prune", smollm2_gguf, tmp_path, *options, "--ignore", "o_proj") == 0
-    model, tokenizer = load_model(tmp_path)
+    options = ["--method", "wanda", *calibration, "--block-range", "1", "2", "--ignore", "o_proj"]
+    assert sparse("prune", file, tmp_path / "out", *options) == 0
+    model, tokenizer = load_model(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert tokenizer.tokenize("  12") == ["ĠĠ", "1", "2"]
     metadata = model.config.sparsity_config
-    assert metadata["base_model"] == smollm2_gguf.name
-    assert {name.split(".")[2] for name in metadata["matrices"]} == {"{28-29}"}
-    assert metadata["achieved_sparsity"] == pytest.approx(0.5, abs=0.001)
-    assert sparse("inspect", tmp_path) == 0
+    assert metadata["base_model"] == file.name
+    assert {name.split(".")[2] for name in metadata["matrices"]} == {"1"}
+    assert metadata["achieved_sparsity"] == 0.5
+    assert sparse("inspect", tmp_path / "out") == 0
 
 
 def test_model_without_tokenizer(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
