@@ -191,79 +191,60 @@ def _heatmap(values: Mapping[tuple[str, str], float], label: str, low: float, hi
 
 def _depth(report: SparsityReport) -> list[dict[str, Any]]:
     """Plots of how errors come about and what becomes of them from block to block."""
-    parts: list[dict[str, Any]] = []
+    parts = []
     if report.depth_error:
-        errors = list(report.depth_error.items())
-        title = "Hidden states behind each block"
-        parts.append(
-            {
-                "title": title,
-                "text": "How far they are from those of the dense model (squared norm of the difference relative to "
-                "the dense ones, mean over the first tokens of the calibration data): what the errors of all blocks "
-                "before add up to.",
-                "svg": _curves({"hidden states": errors}, title),
-                "head": ("block", "error"),
-                "rows": [(block, f"{error:.3%}") for block, error in errors],
-            }
+        text = (
+            "How far they are from those of the dense model (squared norm of the difference relative to the dense "
+            "ones, mean over the first tokens of the calibration data): what the errors of all blocks before add up "
+            "to."
         )
-    if report.reconstruction:
-        found = report.reconstruction.items()
-        title = "Reconstruction of each block"
-        parts.append(
-            {
-                "title": title,
-                "text": "Error of the block's outputs on calibration windows that were held out, before and after its "
-                "kept weights were trained.",
-                "svg": _curves(
-                    {which: [(block, each[which]) for block, each in found] for which in ("before", "after")}, title
-                ),
-                "head": ("block", "before", "after"),
-                "rows": [(block, f"{each['before']:.3%}", f"{each['after']:.3%}") for block, each in found],
-            }
-        )
-    if report.correction:
-        found = report.correction.items()
-        title = "Error correction of each block"
-        parts.append(
-            {
-                "title": title,
-                "text": "Error of the block's outputs relative to those of the dense model, on calibration windows "
-                "that were held out, without correction and with what was taken of it: none where it did not help.",
-                "svg": _curves(
-                    {which: [(block, each[which]) for block, each in found] for which in ("before", "after")}, title
-                ),
-                "head": ("block", "before", "after", "correction"),
-                "rows": [
-                    (block, f"{each['before']:.3%}", f"{each['after']:.3%}", f"{each['correction']:g}")
-                    for block, each in found
-                ],
-            }
-        )
+        parts.append(_over_blocks("Hidden states behind each block", text, {"hidden states": report.depth_error}))
+    for title, text, found in (
+        (
+            "Reconstruction of each block",
+            "Error of the block's outputs on calibration windows that were held out, before and after its kept "
+            "weights were trained.",
+            report.reconstruction,
+        ),
+        (
+            "Error correction of each block",
+            "Error of the block's outputs relative to those of the dense model, on calibration windows that were held "
+            "out, without correction and with what was taken of it: none where it did not help.",
+            report.correction,
+        ),
+    ):
+        if found:
+            series = {which: {block: each[which] for block, each in found.items()} for which in ("before", "after")}
+            taken = {block: f"{each['correction']:g}" for block, each in found.items() if "correction" in each}
+            parts.append(_over_blocks(title, text, series, {"correction": taken} if taken else {}))
     blocks: dict[str, list[float]] = {}
     for matrix in report.matrices:
         if matrix.error is not None:
             blocks.setdefault(matrix.block, []).append(matrix.error)
     if blocks:
-        means = [(block, math.fsum(errors) / len(errors)) for block, errors in blocks.items()]
-        worst = [(block, max(errors)) for block, errors in blocks.items()]
-        title = "Errors that each block adds"
-        parts.append(
-            {
-                "title": title,
-                "text": "Of the outputs of its matrices, given the inputs that they get in the pruned model.",
-                "svg": _curves({"mean": means, "worst matrix": worst}, title),
-                "head": ("block", "mean", "worst matrix"),
-                "rows": [
-                    (block, f"{mean:.3%}", f"{most:.3%}")
-                    for (block, mean), (_, most) in zip(means, worst, strict=True)
-                ],
-            }
-        )
+        series = {
+            "mean": {block: math.fsum(errors) / len(errors) for block, errors in blocks.items()},
+            "worst matrix": {block: max(errors) for block, errors in blocks.items()},
+        }
+        text = "Of the outputs of its matrices, given the inputs that they get in the pruned model."
+        parts.append(_over_blocks("Errors that each block adds", text, series))
     return parts
 
 
-def _curves(series: Mapping[str, Sequence[tuple[str, float]]], label: str) -> Markup:
-    return Markup(plots.curves(series, label, "error, %"))  # escapes what is in it
+def _over_blocks(
+    title: str, text: str, series: Mapping[str, Mapping[str, float]], more: Mapping[str, Mapping[str, str]] = {}
+) -> dict[str, Any]:
+    """A plot of errors over the blocks, and the table behind it, which may have more columns."""
+    shown = [{block: f"{error:.3%}" for block, error in errors.items()} for errors in series.values()]
+    columns = [*shown, *more.values()]
+    curves = {name: list(errors.items()) for name, errors in series.items()}
+    return {
+        "title": title,
+        "text": text,
+        "svg": Markup(plots.curves(curves, title, "error, %")),  # escapes what is in it
+        "head": ("block", *series, *more),
+        "rows": [(block, *(column[block] for column in columns)) for block in columns[0]],
+    }
 
 
 def _facts(picture: Picture) -> tuple[str, ...]:
