@@ -6,9 +6,11 @@
 - `seqlen`: tokens per window, 128 to 2,048, the same number of tokens in all;
 - `source`: validation text, C4, text that the model itself generates;
 - `tokens`: whether all tokens count alike;
-- `iterations`: of ADMM.
+- `iterations`: of ADMM;
+- `allocation`: of the zeros to the matrices;
+- `quantization`: of the weights that stay.
 
-Perplexity over the first 20 windows of WikiText-2 raw test and, if the folder has it, of C4 behind what calibrates.
+Perplexity over the first windows of WikiText-2 raw test and, if the folder has it, of C4 behind what calibrates.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from typing import Any
 
 import torch
 from common import SEQLEN, arguments, calibration_windows, machine, smollm2, write_json
-from parity import CALIBRATION_WINDOWS
+from parity import CALIBRATION_WINDOWS, EVALUATION_WINDOWS
 from quality import evaluation_texts, measure, print_header
 
 from optimum_sparse.calibration.generation import first_tokens, generate_windows
+from optimum_sparse.config import ALLOCATIONS
 from optimum_sparse.loading import load_model
 
 # Windows of C4 that may calibrate; the text behind them evaluates.
 C4_WINDOWS = 200
-KINDS = ("metric", "samples", "damping", "seqlen", "source", "tokens", "iterations")
+KINDS = ("metric", "samples", "damping", "seqlen", "source", "tokens", "iterations", "allocation", "quantization")
 
 # Name, options of `SparseConfig`, and calibration windows.
 Rows = Iterator[tuple[str, dict[str, Any], torch.Tensor]]
@@ -38,6 +41,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("kind", choices=KINDS, help="what is varied")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of each text")
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -55,10 +59,17 @@ def main() -> None:
         "source": lambda: source(windows, others, model),
         "tokens": lambda: equal_tokens(windows),
         "iterations": lambda: iterations(windows),
+        "allocation": lambda: allocation(windows),
+        "quantization": lambda: quantization(windows),
     }[args.kind]()
     print_header(texts)
-    results = [measure(n, {"sparsity": args.sparsity, **o}, model, w, texts) for n, o, w in rows]
-    write_json(args.json, {"machine": machine(args.threads), "ablation": args.kind, "rows": results})
+    results = [measure("dense", {}, model, windows, texts, args.evaluation_windows)]
+    for name, options, text in rows:
+        options = {"sparsity": args.sparsity, **options}
+        results.append(measure(name, options, model, text, texts, args.evaluation_windows))
+    settings = {"evaluation_windows": args.evaluation_windows, "seqlen": SEQLEN, "dtype": args.dtype}
+    found = {"machine": machine(args.threads), "settings": settings, "ablation": args.kind, "rows": results}
+    write_json(args.json, found)
 
 
 def metric(windows: torch.Tensor) -> Rows:
@@ -108,6 +119,18 @@ def iterations(windows: torch.Tensor) -> Rows:
     """How often weights and mask take turns."""
     for number in (4, 8, 16, 24, 48):
         yield f"admm {number}", {"method": "admm", "iterations": number}, windows
+
+
+def allocation(windows: torch.Tensor) -> Rows:
+    """How zeros are shared out."""
+    for name in (None, *ALLOCATIONS):
+        yield f"admm, {name or 'all alike'}", {"method": "admm", "allocation": name}, windows
+
+
+def quantization(windows: torch.Tensor) -> Rows:
+    """Weights that stay, on a grid or as they are."""
+    for method, bits in product(("wanda", "sparsegpt", "admm"), (None, "int8", "int4", "int3")):
+        yield f"{method}, {bits or 'as they are'}", {"method": method, "quantization": bits}, windows
 
 
 if __name__ == "__main__":

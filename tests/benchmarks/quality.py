@@ -104,7 +104,12 @@ def c4(data: Path) -> list[str] | None:
 
 
 def measure(
-    name: str, options: dict[str, Any], dense: Any, windows: torch.Tensor, texts: dict[str, torch.Tensor]
+    name: str,
+    options: dict[str, Any],
+    dense: Any,
+    windows: torch.Tensor,
+    texts: dict[str, torch.Tensor],
+    evaluation_windows: int = EVALUATION_WINDOWS,
 ) -> dict[str, Any]:
     """Prune a copy of the dense model, evaluate it on all texts, print the line of the table and return it."""
     model, phases, seconds, processor = copy.deepcopy(dense), {}, 0.0, 0.0
@@ -118,7 +123,7 @@ def measure(
         seconds, processor = time.perf_counter() - start, time.process_time() - used
         phases = pruner.report.seconds
     values = {
-        text: perplexity(model, tokens, SEQLEN, EVALUATION_WINDOWS, progress=progress).value
+        text: perplexity(model, tokens, SEQLEN, evaluation_windows, progress=progress).value
         for text, tokens in texts.items()
     }
     print(
