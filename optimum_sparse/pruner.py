@@ -125,7 +125,7 @@ class SparsePruner:
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:
-                calibration = load_calibration(self.config, model, tokenizer, dataset)
+                calibration = load_calibration(self.config, model, tokenizer, dataset, shown)
                 report.calibration, batches = calibration.record, calibration.batches
                 # A report is published with the model: no texts and no paths of this machine.
                 report.config["dataset"] = calibration.record["dataset"]

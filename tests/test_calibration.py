@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -904,6 +905,22 @@ def test_self_generated_text_in_several_steps(llama, monkeypatch):
     windows = rows(load_calibration(SparseConfig(seqlen=40, num_samples=5), llama, dataset="self"))
     assert calls == [2, 2, 1]
     assert len({tuple(window) for window in windows}) == 5
+
+
+def test_generation_shows_how_far_it_is(llama, monkeypatch, capsys):
+    class Closed(tqdm):
+        def close(self) -> None:
+            counts.add((self.n, self.total))
+            super().close()
+
+    counts: set[tuple[int, int]] = set()
+    monkeypatch.setattr("optimum_sparse.calibration.generation.tqdm", Closed)
+    config = SparseConfig(dataset="self", seqlen=40, num_samples=5)
+    shown = load_calibration(config, llama, progress=True)
+    assert counts == {(5 * 39, 5 * 39)}
+    assert "Generating text to calibrate on" in capsys.readouterr().err
+    assert rows(shown) == rows(load_calibration(config, llama))
+    assert not capsys.readouterr().err
 
 
 def test_self_generated_text_without_bos():

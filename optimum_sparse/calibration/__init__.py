@@ -55,6 +55,7 @@ def load_calibration(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin | None = None,
     dataset: Any = None,
+    progress: bool = False,
 ) -> Calibration:
     """Get the calibration batches for a model. Same arguments, same bits; no global random state is touched.
 
@@ -88,6 +89,7 @@ def load_calibration(
               with floating-point numbers in the type of the model's;
             - a DataLoader or another iterable of dicts of model inputs, with whatever the forward takes, or a list of
               dicts with tensors of other things than tokens; they are passed on unchanged.
+        progress: Show a progress bar while the model generates text, which takes longest.
 
     Raises:
         ValueError: The data are empty, malformed, too short or not for this model, the tokenizer is missing or is that
@@ -100,7 +102,7 @@ def load_calibration(
     vocabulary = vocabulary_size(model)
     processor = tokenizer if is_processor(tokenizer) else None
     source = open_source(config.dataset if dataset is None else dataset, config.seed, processor)
-    batches = _batches(source, config, model, tokenizer, seqlen, vocabulary)
+    batches = _batches(source, config, model, tokenizer, seqlen, vocabulary, progress)
     if not batches:
         raise ValueError(f"The calibration data ({source.description}) hold no rows.")
     for batch in batches:
@@ -128,7 +130,13 @@ def load_calibration(
 
 
 def _batches(
-    source: Source, config: SparseConfig, model: nn.Module, tokenizer: Any, seqlen: int, vocabulary: int | None
+    source: Source,
+    config: SparseConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    seqlen: int,
+    vocabulary: int | None,
+    progress: bool,
 ) -> list[dict[str, Any]]:
     if source.kind == "batches":
         return given_batches(source.items, config.num_samples, model)
@@ -143,20 +151,26 @@ def _batches(
         others = DECODER_TOKENS if is_encoder_decoder(model) else ()
         rows = itertools.islice(token_rows(source.items, others), config.num_samples)
     else:
-        windows = _windows(source, config, model, tokenizer, seqlen, vocabulary)
+        windows = _windows(source, config, model, tokenizer, seqlen, vocabulary, progress)
         rows = ({"input_ids": window} for window in windows)
     on_cpu = execution_device(model).type == "cpu"
     return stack_rows(rows, config.batch_size, BATCH_TOKENS_CPU if on_cpu else BATCH_TOKENS_ACCELERATOR)
 
 
 def _windows(
-    source: Source, config: SparseConfig, model: Any, tokenizer: Any, seqlen: int, vocabulary: int | None
+    source: Source,
+    config: SparseConfig,
+    model: Any,
+    tokenizer: Any,
+    seqlen: int,
+    vocabulary: int | None,
+    progress: bool,
 ) -> torch.Tensor:
     """Windows `[n, seqlen]` of the text of `source`, or of the model's own text."""
     generator = torch.Generator().manual_seed(config.seed)
     if source.kind == "self" and not source.items:
         prefixes = first_tokens(model, config.num_samples, generator)
-        return generate_windows(model, prefixes, seqlen, config.seed)
+        return generate_windows(model, prefixes, seqlen, config.seed, progress)
     tokenizer = _text_tokenizer(tokenizer, source.description)
     documents = tokenize(source.items, tokenizer)
     separator = separator_id(tokenizer)
@@ -164,7 +178,7 @@ def _windows(
     if source.kind == "self":
         prefixes = packed_windows(documents, PREFIX_TOKENS, *wanted, separator=separator)
         check_vocabulary(prefixes, vocabulary)
-        return generate_windows(model, prefixes, seqlen, config.seed)
+        return generate_windows(model, prefixes, seqlen, config.seed, progress)
     if config.pack_documents:
         return packed_windows(documents, seqlen, *wanted, separator=separator)
     return document_windows(documents, seqlen, *wanted)

@@ -6,7 +6,9 @@ import logging
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from .interface import is_encoder_decoder
 
@@ -58,7 +60,23 @@ def _special_ids(model: PreTrainedModel, name: str) -> list[int]:
     return ids
 
 
-def generate_windows(model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int, seed: int) -> torch.Tensor:
+class _Counter(BaseStreamer):
+    """Shows on a bar which tokens have been generated."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() == 1:  # one token of each window; what they are generated from has two dimensions
+            self._bar.update(len(value))
+
+    def end(self) -> None:
+        pass
+
+
+def generate_windows(
+    model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int, seed: int, progress: bool = False
+) -> torch.Tensor:
     """Let the model continue each prefix up to `seqlen` tokens, by sampling.
 
     The global random state is left as it was.
@@ -68,6 +86,7 @@ def generate_windows(model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int
         prefixes: `[n, p]` int64 with p < seqlen.
         seqlen: Tokens per window, prefix included; a window does not end early at EOS.
         seed: Of the sampling.
+        progress: Show a progress bar.
 
     Returns:
         `[n, seqlen]` int64 on the CPU.
@@ -96,11 +115,22 @@ def generate_windows(model: PreTrainedModel, prefixes: torch.Tensor, seqlen: int
     accelerator = torch.accelerator.current_accelerator()
     logger.info("Generating %d windows of %d tokens with the model itself.", len(prefixes), seqlen)
     windows = []
-    with torch.random.fork_rng(
-        devices=range(torch.accelerator.device_count()), device_type=accelerator.type if accelerator else "cuda"
+    with (
+        torch.random.fork_rng(
+            devices=range(torch.accelerator.device_count()), device_type=accelerator.type if accelerator else "cuda"
+        ),
+        tqdm(
+            desc="Generating text to calibrate on",
+            total=len(prefixes) * num_new,
+            unit="token",
+            leave=False,
+            disable=not progress,
+        ) as bar,
     ):
         torch.manual_seed(seed)
         for rows in prefixes.to(device).split(max(1, TOKENS_AT_ONCE // seqlen)):
-            text = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+            text = model.generate(
+                rows, attention_mask=torch.ones_like(rows), generation_config=settings, streamer=_Counter(bar)
+            )
             windows.append(text.cpu())
     return torch.cat(windows)
