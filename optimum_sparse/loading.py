@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+# A GGUF file begins with its metadata: some megabytes, most of them the vocabulary.
+GGUF_HEADER = 2**26
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -285,16 +288,16 @@ def _load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, P
     model.name_or_path = model.config.name_or_path = str(path)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    if _gguf_pre_tokenizer(path) == "smollm":
+    if _splits_digits(path):
         _split_digits(tokenizer)
     return model, tokenizer
 
 
-def _gguf_pre_tokenizer(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else field.contents()
+def _splits_digits(path: Path) -> bool:
+    """Whether a GGUF file names SmolLM's way to split text; `GGUFReader` would decode all of its vocabulary first."""
+    named = b"tokenizer.ggml.pre" + struct.pack("<IQ", 8, 6) + b"smollm"  # key, kind of value, length, value
+    with path.open("rb") as file:
+        return named in file.read(GGUF_HEADER)
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
