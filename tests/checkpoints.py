@@ -39,7 +39,7 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, pre_tokenizer: str = "smollm") -> Path:
     """Write a Llama of two blocks as SmolLM2 comes: weights of 8 bits, its tokenizer's kind, one merge."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -53,7 +53,7 @@ def write_gguf(path: Path) -> Path:
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
     writer.add_token_merges(["Ġ Ġ"])

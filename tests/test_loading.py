@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_sparse.loading import load_model, load_tokenizer, model_class
 
 from . import beyond_text
-from .checkpoints import save_tiny, tiny_tokenizer
+from .checkpoints import save_tiny, tiny_tokenizer, write_gguf
 
 
 def change_config(folder: Path, **fields) -> None:
@@ -180,6 +180,14 @@ def test_files_that_are_no_gguf(name: str, message: str, tmp_path: Path):
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "tokens"), [("smollm", "ĠĠ 1 2"), ("gpt-2", "Ġ Ġ 1 2"), ("smol", "Ġ Ġ 1 2")]
+)
+def test_text_is_split_as_a_gguf_file_says(pre_tokenizer: str, tokens: str, tmp_path: Path):
+    _, tokenizer = load_model(write_gguf(tmp_path / "tiny.gguf", pre_tokenizer))
+    assert tokenizer.tokenize("  12") == tokens.split()
 
 
 @pytest.mark.slow
