@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from optimum_sparse import SparseConfig, SparsePruner
+from optimum_sparse import SparsePruner
 from optimum_sparse.evaluation import perplexity
 from optimum_sparse.loading import load_model
 from optimum_sparse.precision import half_penalty
@@ -24,8 +24,8 @@ PROMPT = "The capital of France is"
 RUNS = {
     "magnitude 50 %": {"method": "magnitude", "sparsity": 0.5},
     "sparsegpt 50 %": {"method": "sparsegpt", "sparsity": 0.5},
-    "admm 2:4": {"method": "admm", "pattern": "2:4"},
-    "admm 50 %": {"method": "admm", "sparsity": 0.5},
+    "balanced 2:4": {"preset": "balanced", "pattern": "2:4"},
+    "balanced 50 %": {"preset": "balanced", "sparsity": 0.5},
 }
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     for name, options in RUNS.items():
         model.load_state_dict(dense)
         print(f"\n{name}", flush=True)
-        pruner = SparsePruner(SparseConfig(num_samples=NUM_SAMPLES, seqlen=SEQLEN, **options))
+        pruner = SparsePruner(num_samples=NUM_SAMPLES, seqlen=SEQLEN, **options)
         pruner.prune(model, tokenizer, dataset=calibration)
         rows.append(result(name, pruner.report.seconds["total"]))
     pruner.save(model, OUTPUT, tokenizer)
