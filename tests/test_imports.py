@@ -93,8 +93,7 @@ def run(code: str, *arguments: str) -> str:
 
 
 def test_import_takes_less_than_50_milliseconds():
-    """Of the processor, which does not count what else it does."""
-    code = "import time; start = time.process_time(); import optimum_sparse; print(time.process_time() - start)"
+    code = "import time; start = time.perf_counter(); import optimum_sparse; print(time.perf_counter() - start)"
     assert min(float(run(code)) for _ in range(5)) < 0.050
 
 

@@ -238,8 +238,8 @@ SOLVED = [
     ({"method": "wanda-update"}, 2048, 1024),
     ({"method": "admm"}, 1024, 1024),
     ({"method": "wanda", "refine": "cg"}, 1024, 1024),
-    ({"method": "sparsegpt", "quantization": "int4"}, 1024, 2048),
-    ({"method": "wanda", "quantization": "int4"}, 1024, 2048),
+    ({"method": "sparsegpt", "quantization": "int4"}, 1024, 4096),
+    ({"method": "wanda", "quantization": "int4"}, 1024, 4096),
 ]
 
 # A whole run.
