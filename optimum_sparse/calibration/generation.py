@@ -129,8 +129,9 @@ def generate_windows(
     ):
         torch.manual_seed(seed)
         for rows in prefixes.to(device).split(max(1, TOKENS_AT_ONCE // seqlen)):
+            counter = _Counter(bar) if progress else None  # it takes every token to the CPU
             text = model.generate(
-                rows, attention_mask=torch.ones_like(rows), generation_config=settings, streamer=_Counter(bar)
+                rows, attention_mask=torch.ones_like(rows), generation_config=settings, streamer=counter
             )
             windows.append(text.cpu())
     return torch.cat(windows)
