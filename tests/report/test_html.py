@@ -87,6 +87,17 @@ def test_plots_have_a_mark_for_each_figure(page: Page):
     assert len(page.all("svg")) == 2 + 4 + 2
 
 
+def test_plots_over_the_blocks_have_their_figures_in_tables(page: Page):
+    cells = "|".join(text for tag, text in page.texts if tag in ("th", "td"))
+    for rows in (
+        "block|hidden states|h.0|1.000%|h.1|2.000%|h.2|3.000%",
+        "block|before|after|h.0|4.000%|3.000%|h.1|",
+        "block|before|after|correction|h.0|5.000%|4.000%|0.5|h.1|",
+        "block|mean|worst matrix|h.0|2.500%|4.000%|h.1|3.500%|5.000%|",
+    ):
+        assert rows in cells
+
+
 def test_it_can_be_used_without_seeing_or_pointing(page: Page):
     assert page.all("html") == [{"lang": "en"}]
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
