@@ -108,10 +108,7 @@ TARGET INLINE void digits_block(const uint8_t *masks, const uint32_t *grids, con
                                 int64_t tokens, int64_t num_tiles, __m512 *sums)
 {
     for (int64_t tile = 0; tile < num_tiles; tile++, x += tokens, grids += TILE_ROWS) {
-        for (int line = 0; line < 128; line += 64)
-            __builtin_prefetch(masks + 4096 + line);
-        for (int line = 0; line < 512; line += 64)
-            __builtin_prefetch(codes + 12288 + line);
+        prefetch_tile(masks, TILE_ROWS * QUANTIZED_COLUMNS / 8, codes, TILE_ROWS * QUANTIZED_COLUMNS / 2);
         const __m256i grid = _mm256_loadu_si256((const __m256i *)grids);
         const __m256i zero = _mm256_and_si256(grid, _mm256_set1_epi32(0xff));
         uint32_t zeros[TILE_ROWS], zero_bytes[TILE_ROWS];

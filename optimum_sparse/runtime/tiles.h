@@ -16,10 +16,6 @@
  *   TOKENS              vectors that are multiplied at once: 4 * TOKENS sums must fit into the registers
  */
 
-/* Software prefetch, so many bytes ahead: masked loads do not train that of the processor. */
-#define VALUES_AHEAD 12288
-#define MASKS_AHEAD 4096
-
 #ifdef QUANTIZED
 #define WIDTH QUANTIZED_COLUMNS
 #define GRID(tile, row) grids[(tile) * TILE_ROWS + (row)]
@@ -28,20 +24,13 @@
 #define GRID(tile, row) 0
 #endif
 
-/* For a tile, half of whose weights are stored. */
-#define PREFETCH                                                                                                      \
-    for (size_t line = 0; line < TILE_ROWS * WIDTH / 8; line += 64)                                                   \
-        __builtin_prefetch(masks + MASKS_AHEAD + line);                                                               \
-    for (size_t line = 0; line < TILE_ROWS * WIDTH / 2 * sizeof(VALUE); line += 64)                                   \
-        __builtin_prefetch((const char *)values + VALUES_AHEAD + line)
-
 TARGET static void NAME(matvec)(const uint8_t *masks, const uint32_t *grids, const VALUE *values, const INPUT *x,
                                 int64_t num_tiles, float *out)
 {
     SUMS sums[TILE_ROWS] = {0};
     (void)grids;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
-        PREFETCH;
+        prefetch_tile(masks, TILE_ROWS * WIDTH / 8, values, TILE_ROWS * WIDTH / 2 * sizeof(VALUE));
         UNROLL for (int row = 0; row < TILE_ROWS; row++)
             UNROLL for (int j = 0; j < WIDTH; j += LANES) {
                 const uint8_t *mask = masks + WIDTH / 8 * row + j / 8;
@@ -62,7 +51,7 @@ TARGET static const VALUE *NAME(expand)(const uint8_t *masks, const uint32_t *gr
     (void)grids;
     masks += first * WIDTH / 8 * TILE_ROWS;
     for (int64_t tile = first; tile < last; tile++) {
-        PREFETCH;
+        prefetch_tile(masks, TILE_ROWS * WIDTH / 8, values, TILE_ROWS * WIDTH / 2 * sizeof(VALUE));
         UNROLL for (int row = 0; row < TILE_ROWS; row++)
             UNROLL for (int j = 0; j < WIDTH; j += LANES) {
                 const uint8_t *mask = masks + WIDTH / 8 * row + j / 8;
@@ -118,8 +107,7 @@ TARGET static float NAME(dot)(const VALUE *weight, const INPUT *x, int64_t colum
     SUMS sums[8] = {0};
     int64_t j = 0;
     for (; j + 8 * LANES <= columns; j += 8 * LANES) {
-        for (size_t line = 0; line < 8 * LANES * sizeof(VALUE); line += 64)
-            __builtin_prefetch((const char *)(weight + j) + MASKS_AHEAD + line);
+        prefetch_row(weight + j, 8 * LANES * sizeof(VALUE));
         UNROLL for (int i = 0; i < 8; i++)
             sums[i] = MADD(sums[i], WIDEN(weight + j + i * LANES), LOAD(x + j + i * LANES));
     }
@@ -139,6 +127,3 @@ TARGET static float NAME(dot)(const VALUE *weight, const INPUT *x, int64_t colum
 
 #undef WIDTH
 #undef GRID
-#undef PREFETCH
-#undef VALUES_AHEAD
-#undef MASKS_AHEAD
