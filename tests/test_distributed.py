@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_sparse.distributed import Processes
 from tests.checkpoints import save_tiny, write_text
-from tests.test_experts import CASES
-from tests.two_processes import RUNS, SPLIT, main
+from tests.two_processes import RUNS, inexact, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +80,7 @@ def test_two_processes_give_what_one_gives(one: Path, two: Path, name: str) -> N
     assert found.keys() == expected.keys()
     # Products of a few rows, and of batches that were split, differ in the last bit; all others are the same, if the
     # library for products gives a row the same bits whatever rows are beside it.
-    exact = name != SPLIT and name.split()[0] not in CASES and products_of_rows_agree()
+    exact = not inexact(name) and products_of_rows_agree()
     # What iterates makes much of the last bit: the weights differ, and are as good.
     options = RUNS[name][2]
     iterates = not exact and (options.get("method", "admm") == "admm" or "refine" in options)

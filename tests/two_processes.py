@@ -6,10 +6,12 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_sparse import SparsePruner
 from optimum_sparse.distributed import Processes
+from optimum_sparse.methods import admm, cg
 from optimum_sparse.solver import Solver
 from tests.helpers import tiny_batches, tiny_mixtral, tiny_model
 from tests.test_experts import CASES, batches_of
@@ -61,6 +64,20 @@ _add("corrected", tiny_model, _padded, error_correction=0.5)
 _add(SPLIT, tiny_model, lambda model: tiny_batches(1, rows=3, length=96))
 
 
+def inexact(name: str) -> bool:
+    """Whether products of a run are of a few rows, or of batches that were split: their last bits may differ."""
+    return name == SPLIT or name.split()[0] in CASES
+
+
+@contextmanager
+def fp32_steps() -> Iterator[None]:
+    """Steps in fp32 also on CPUs that take bfloat16 for them, in which a last bit that differs becomes much more."""
+    with ExitStack() as patches:
+        for module in (admm, cg):
+            patches.enter_context(mock.patch.object(module, "product_dtype", lambda device: torch.float32))
+        yield
+
+
 def main(folder: Path) -> None:
     """Prune all models, and try what belongs to several processes."""
     processes = Processes()
@@ -78,7 +95,8 @@ def main(folder: Path) -> None:
         sums.clear()
         model = build()
         pruner = SparsePruner(progress=name == SHOWN, block_size=16, **options)
-        pruner.prune(model, dataset=batches_for(model))
+        with fp32_steps() if inexact(name) else nullcontext():
+            pruner.prune(model, dataset=batches_for(model))
         assert pruner.report is not None
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         processes.check_same({f"weights of {name}": sha256(weights)})
