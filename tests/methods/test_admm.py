@@ -144,7 +144,7 @@ def test_residual():
 def test_masks_on_the_way_are_exact_without_ties(pattern):
     scores = random(30, 240, seed=0)
     mask = admm._loose_mask(scores, pattern, admm._limits(scores, pattern, "layer", [30]))
-    assert torch.equal(mask, keep_mask(scores.abs(), pattern))
+    assert torch.equal(mask.bool(), keep_mask(scores.abs(), pattern))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -154,7 +154,7 @@ def test_thresholds_of_samples_are_close(sparsity, monkeypatch):
     scores = random(512, 256, seed=0) * torch.arange(256)
     pattern = Unstructured(sparsity)
     mask = admm._loose_mask(scores, pattern, admm._limits(scores, pattern, "layer", [512]))
-    assert abs((~mask).float().mean().item() - sparsity) < 0.03
+    assert abs((mask == 0).float().mean().item() - sparsity) < 0.03
 
 
 def test_thresholds_do_not_depend_on_who_has_which_rows(monkeypatch):
