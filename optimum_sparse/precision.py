@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,22 +14,43 @@ import torch
 BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """In the body, products of fp32 are products of fp32, also if TF32 or bfloat16 is allowed for the model's sake."""
-    allowed = [backend.fp32_precision for backend in BACKENDS]
+    return _fp32_products(dict.fromkeys(BACKENDS, "ieee"))
+
+
+@contextmanager
+def _fp32_products(precisions: Mapping[Any, str]) -> Iterator[None]:
+    before = {backend: backend.fp32_precision for backend in precisions}
     try:
-        for backend in BACKENDS:
-            backend.fp32_precision = "ieee"
+        for backend, precision in precisions.items():
+            backend.fp32_precision = precision
         yield
     finally:
-        for backend, precision in zip(BACKENDS, allowed, strict=True):
+        for backend, precision in before.items():
             backend.fp32_precision = precision
 
 
 def exact_in_half(inputs: torch.Tensor) -> bool:
-    """Whether a device multiplies inputs in half precision and adds up in fp32, which holds the products exactly."""
-    return inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+    """Whether a device multiplies inputs in half precision and adds up in fp32, which holds the products exactly.
+
+    GPUs do, and CPUs with AMX, which multiplies bfloat16.
+    """
+    if inputs.is_cuda:
+        return inputs.dtype in (torch.bfloat16, torch.float16)
+    return inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def half_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` in fp32 of inputs that `exact_in_half` holds for; on a CPU, they have been converted to fp32.
+
+    A CPU has no product of bfloat16 whose result is fp32, but it may round factors of fp32 to bfloat16, which changes
+    none that were bfloat16 before.
+    """
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    with _fp32_products({BACKENDS[1]: "bf16"}):
+        return left @ right
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from .distributed import Processes
-from .precision import exact_in_half, full_precision, sum_dtype
+from .precision import exact_in_half, full_precision, half_products, sum_dtype
 
 # Columns per panel of the Gram matrix: only panels on and above the diagonal are computed, which halves the work,
 # and 256 columns are wide enough for the matrix product to run at full speed.
@@ -59,9 +59,12 @@ class Statistics(ABC):
         """Inputs, each token divided by its root mean square, or by that which it has in others; fp32 if so."""
         if not self._equal_tokens:
             return inputs
-        squares = (inputs if by is None else by).float().square().mean(dim=1, keepdim=True)
-        scale = squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
-        return inputs * scale.masked_fill(squares.isinf(), math.nan)  # an overflow is not to look like a zero
+        floats = inputs.float()
+        norms = torch.linalg.vector_norm(floats if by is None else by.float(), dim=1, keepdim=True)
+        least = torch.finfo(norms.dtype).tiny ** 0.5  # the squares of smaller numbers are zero
+        scale = (norms / inputs.shape[1] ** 0.5).clamp(min=least).reciprocal_()
+        scale.masked_fill_(norms.isinf(), math.nan)  # an overflow is not to look like a zero
+        return floats * scale if floats is inputs else floats.mul_(scale)
 
     @property
     @abstractmethod
@@ -149,13 +152,14 @@ class GramStatistics(Statistics):
         vars(self).pop("gram", None)
         scaled = self._scaled(inputs)
         half = exact_in_half(inputs)
-        inputs, width = (scaled.to(inputs.dtype), PANEL_GPU) if half else (scaled.float(), PANEL)
+        on_gpu = half and inputs.is_cuda
+        inputs, width = (scaled.to(inputs.dtype), PANEL_GPU) if on_gpu else (scaled.float(), PANEL)
+        multiply = half_products if half else torch.mm
         # Autocast, for the model's sake, would round the factors.
         with full_precision(), torch.autocast(inputs.device.type, enabled=False):
             for start in range(0, inputs.shape[1], width):
                 panel, others = inputs[:, start : start + width].T, inputs[:, start:]
-                product = torch.mm(panel, others, out_dtype=torch.float32) if half else panel @ others
-                self._sums[start : start + width, start:] += product
+                self._sums[start : start + width, start:] += multiply(panel, others)
 
     def add_up(self, processes: Processes) -> None:
         """As in `Statistics`."""

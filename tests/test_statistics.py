@@ -43,8 +43,10 @@ def test_norms_equal_float64(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [NormStatistics, GramStatistics, PairedStatistics])
-def test_equal_tokens_have_the_same_norm(kind, dtype):
+def test_equal_tokens_have_the_same_norm(kind, dtype, monkeypatch):
     """A token a thousand times as large as the others counts as they do, and one of zeros not at all."""
+    # Where bfloat16 is multiplied as it is, scaled tokens are rounded to it: see test_precision.py.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     statistics, inputs = kind(300, equal_tokens=True), batches(dtype)
     inputs[0][3] *= 1000
     inputs[2][5] = 0
