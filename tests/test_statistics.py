@@ -70,6 +70,19 @@ def test_equal_tokens_have_the_same_norm(kind, dtype, monkeypatch):
     assert statistics.blended(statistics, 0.5)._equal_tokens
 
 
+@pytest.mark.parametrize("equal_tokens", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [NormStatistics, GramStatistics, PairedStatistics])
+def test_inputs_stay_as_they_are(kind, dtype, equal_tokens):
+    """They belong to the model, whose forward goes on with them."""
+    statistics, inputs = kind(300, equal_tokens=equal_tokens), batches(dtype)[0]
+    before, dense = inputs.clone(), inputs + 1
+    statistics.add(inputs)
+    if kind is PairedStatistics:
+        statistics.add_deviation(inputs, dense)
+    assert torch.equal(inputs, before) and torch.equal(dense, before + 1)
+
+
 def test_an_overflow_is_seen():
     for kind in (NormStatistics, GramStatistics):
         statistics = kind(2, equal_tokens=True)

@@ -140,6 +140,29 @@ def test_residual():
     assert 0 < solve("admm", weight, inputs, Unstructured(0.5)).residual < 0.05
 
 
+@pytest.mark.parametrize("shrink", [1.0, 1.7])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_an_iteration_is_that_of_the_formula(pattern, shrink, monkeypatch):
+    """V = B + (Z - U - B) R, and S = V + U moves from Z + U by more than V - Z; U is smaller where rho has grown."""
+    monkeypatch.setattr(admm, "product_dtype", lambda device: torch.float32)
+    state, target = random(30, 40, seed=0), random(30, 40, seed=1)
+    factor = random(40, 40, seed=2)
+    gram = factor @ factor.T / 40
+    resolvent = admm._resolvent(gram, 0.01, 0.5)
+    exact = 0.5 * torch.linalg.inv(gram.double() + 0.51 * torch.eye(40))
+    torch.testing.assert_close(resolvent.double(), exact, rtol=0, atol=1e-5)
+    scores = state.abs()
+    limits = scores.median(dim=1, keepdim=True).values
+    keep = keep_mask(scores, pattern) if isinstance(pattern, NM) else scores > limits
+    z, b = (state * keep).double(), target.double()
+    u = (state * ~keep).double() / shrink
+    v = b + (z - u - b) @ exact
+    squares = admm._iterate(state, target, limits, pattern, resolvent, shrink)
+    torch.testing.assert_close(state.double(), z + u + admm.RELAXATION * (v - z), rtol=0, atol=1e-4)
+    norms = torch.stack([(v - z).square().sum(dim=1), z.square().sum(dim=1)], dim=1)
+    torch.testing.assert_close(squares.double(), norms, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(15, 16)], ids=str)
 def test_masks_on_the_way_are_exact_without_ties(pattern):
     scores = random(30, 240, seed=0)
