@@ -45,7 +45,7 @@ def half_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` in fp32 of inputs that `exact_in_half` holds for; on a CPU, they have been converted to fp32.
 
     A CPU has no product of bfloat16 whose result is fp32, but it may round factors of fp32 to bfloat16, which changes
-    none that were bfloat16 before.
+    none that were bfloat16 before; tokens that were scaled since are rounded, as they are for a GPU.
     """
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
