@@ -193,7 +193,7 @@ def test_runtime_runs(workplace: Path):
     names = run_blocks(ROOT / "docs" / "runtime.md")
     assert sum(layer.count for layer in names["report"].layers) == 2 * 7 + 1
     page = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
-    assert f"From {ops.MOST_TOKENS + 1} tokens at once on" in page
+    assert f"From {ops.MOST_TOKENS + 1} tokens at once on, or {ops.MOST_TOKENS_AMX + 1} in bfloat16" in page
     assert f"a buffer of {ops.BUFFER_BYTES >> 20} MB" in page
     assert all(f"`{level}`" in page for level in ["portable", "avx2", "avx512", "avx512_bf16", "torch"])
 

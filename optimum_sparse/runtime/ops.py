@@ -13,12 +13,15 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from ..precision import exact_in_half
 from . import gpu, kernels, quantized, tiles
 
-# Up to here, the kernel is faster than unpacking and the dense product.
-MOST_TOKENS = 96
+# Up to here, the kernel is faster than unpacking and the dense product; and up to there, if that is one of AMX.
+MOST_TOKENS, MOST_TOKENS_AMX = 96, 12
 # Of a weight, so many bytes are unpacked at once: they stay in the cache until they are multiplied.
-BUFFER_BYTES = 2**23
+BUFFER_BYTES = 2**22
+# So many rows or a multiple of it, without which products of AMX are half as fast.
+BUFFER_ROWS = 128
 
 _LIBRARY = torch.library.Library("optimum_sparse", "DEF")
 _LIBRARY.define(
@@ -49,8 +52,7 @@ def _tiles_linear(
     _check_inputs(x, values, bias, shape)
     if gpu.usable(x):
         return gpu.tiles_linear(x, masks, values, offsets, bias, shape)
-    tokens = x.numel() // columns
-    if tokens > MOST_TOKENS or not _has_kernel(x):
+    if not _takes_kernel(x, x.numel() // columns):
         return _unpack_and_multiply(
             x, lambda out, first: tiles.unpack(shape, masks, values, offsets, out, first), bias, shape
         )
@@ -79,7 +81,7 @@ def _quantized_linear(
             f"the input is {x.dtype} on {x.device}: it must be {', '.join(map(str, kernels.TYPES))} on {codes.device}."
         )
     _check_inputs(x, x, bias, shape)
-    if x.numel() // columns > MOST_TOKENS or not _has_kernel(x):
+    if not _takes_kernel(x, x.numel() // columns):
         return _unpack_and_multiply(
             x, lambda out, first: quantized.unpack(shape, masks, codes, offsets, grids, out, first), bias, shape
         )
@@ -128,6 +130,11 @@ def _has_kernel(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in kernels.MULTIPLIED and kernels.compiled()
 
 
+def _takes_kernel(x: torch.Tensor, tokens: int) -> bool:
+    few = tokens <= MOST_TOKENS_AMX or (tokens <= MOST_TOKENS and not exact_in_half(x))
+    return few and _has_kernel(x)
+
+
 def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int]) -> None:
     rows, columns = shape
     if x.shape[-1:] != (columns,):
@@ -157,14 +164,19 @@ def _unpack_and_multiply(
     `unpack` writes rows, from a first one on.
     """
     rows, columns = shape
-    step = max(1, BUFFER_BYTES // (columns * x.itemsize * tiles.ROWS)) * tiles.ROWS
+    step = max(1, BUFFER_BYTES // (columns * x.itemsize * BUFFER_ROWS)) * BUFFER_ROWS
     buffer = _buffer(min(step, rows) * columns, x)
-    out = x.new_empty(*x.shape[:-1], rows)
+    inputs, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
+    outputs = out.view(-1, rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         weight = buffer[: (last - first) * columns].view(-1, columns)
         unpack(weight, first)
-        out[..., first:last] = F.linear(x, weight, None if bias is None else bias[first:last])
+        # To where they belong: `F.linear` would need a copy, which takes as long as unpacking.
+        if bias is None:
+            torch.mm(inputs, weight.T, out=outputs[:, first:last])
+        else:
+            torch.addmm(bias[first:last], inputs, weight.T, out=outputs[:, first:last])
     return out
 
 

@@ -168,12 +168,26 @@ def test_inputs_of_any_shape_and_strides(level: str):
         torch.testing.assert_close(ops.dense_linear(view, weight, None), F.linear(view, weight))
 
 
-def test_many_tokens_unpack_rows_after_rows(level: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("bias", [None, torch.arange(50.0)], ids=["no bias", "bias"])
+def test_many_tokens_unpack_rows_after_rows(level: str, bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "BUFFER_ROWS", 8)
     monkeypatch.setattr(ops, "BUFFER_BYTES", 8 * 100 * 4 * 2)  # 16 rows
     weight, x = random_weight(50, 100, 0.5, torch.float32), random_weight(ops.MOST_TOKENS + 1, 100, 0, torch.float32)
-    bias = torch.arange(50.0)
     out = multiply(x, Tiles.pack(weight), bias)
     assert_close_to_float64(out, x, weight, bias)
+    assert torch.equal(multiply(x.view(1, -1, 1, 100), Tiles.pack(weight), bias).view_as(out), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("amx", [False, True], ids=["without AMX", "with AMX"])
+def test_fewer_tokens_unpack_where_products_are_fast(amx: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "exact_in_half", lambda x: amx and x.dtype == torch.bfloat16)
+    multiplied = []
+    monkeypatch.setattr(ops, "_multiply", lambda x, *rest: (multiplied.append(len(x)), x.new_empty(len(x), 24))[1])
+    packed = Tiles.pack(random_weight(24, 40, 0.5, dtype))
+    for tokens in (1, 12, 13, 96, 97):
+        multiply(random_weight(tokens, 40, 0, dtype), packed)
+    assert multiplied == ([1, 12] if amx and dtype == torch.bfloat16 else [1, 12, 13, 96])
 
 
 @pytest.mark.parametrize("seed", range(3))
