@@ -18,10 +18,9 @@ from . import gpu, kernels, quantized, tiles
 
 # Up to here, the kernel is faster than unpacking and the dense product; and up to there, if that is one of AMX.
 MOST_TOKENS, MOST_TOKENS_AMX = 96, 12
-# Of a weight, so many bytes are unpacked at once: they stay in the cache until they are multiplied.
-BUFFER_BYTES = 2**22
-# So many rows or a multiple of it, without which products of AMX are half as fast.
-BUFFER_ROWS = 128
+# Of a weight, so many bytes are unpacked at once, which stay in the cache until they are multiplied, or so many rows if
+# that is more, and about as many each time, in multiples: some products with fewer take twice as long on AMX.
+BUFFER_BYTES, BUFFER_ROWS, BUFFER_UNIT = 2**24, 1024, 128
 
 _LIBRARY = torch.library.Library("optimum_sparse", "DEF")
 _LIBRARY.define(
@@ -164,7 +163,8 @@ def _unpack_and_multiply(
     `unpack` writes rows, from a first one on.
     """
     rows, columns = shape
-    step = max(1, BUFFER_BYTES // (columns * x.itemsize * BUFFER_ROWS)) * BUFFER_ROWS
+    parts = -(-rows // max(BUFFER_ROWS, BUFFER_BYTES // (columns * x.itemsize)))
+    step = -(-rows // (parts * BUFFER_UNIT)) * BUFFER_UNIT
     buffer = _buffer(min(step, rows) * columns, x)
     inputs, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
     outputs = out.view(-1, rows)

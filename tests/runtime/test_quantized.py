@@ -222,7 +222,8 @@ def test_inputs_of_any_shape_and_strides(level: str):
 
 
 def test_many_tokens_unpack_rows_after_rows(level: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "BUFFER_ROWS", 8)
+    monkeypatch.setattr(ops, "BUFFER_ROWS", 1)
+    monkeypatch.setattr(ops, "BUFFER_UNIT", 8)
     monkeypatch.setattr(ops, "BUFFER_BYTES", 8 * 300 * 4 * 2)  # 16 rows
     grid = random_grid(50, 300)
     weight, x = random_values(50, 300, grid, 0.5), random_inputs(ops.MOST_TOKENS + 1, 300, torch.float32)

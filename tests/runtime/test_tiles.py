@@ -170,7 +170,8 @@ def test_inputs_of_any_shape_and_strides(level: str):
 
 @pytest.mark.parametrize("bias", [None, torch.arange(50.0)], ids=["no bias", "bias"])
 def test_many_tokens_unpack_rows_after_rows(level: str, bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "BUFFER_ROWS", 8)
+    monkeypatch.setattr(ops, "BUFFER_ROWS", 1)
+    monkeypatch.setattr(ops, "BUFFER_UNIT", 8)
     monkeypatch.setattr(ops, "BUFFER_BYTES", 8 * 100 * 4 * 2)  # 16 rows
     weight, x = random_weight(50, 100, 0.5, torch.float32), random_weight(ops.MOST_TOKENS + 1, 100, 0, torch.float32)
     out = multiply(x, Tiles.pack(weight), bias)
