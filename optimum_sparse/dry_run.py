@@ -246,9 +246,9 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
         products = halves * sum(g.in_features**2 * g.share for g in model.groups) * tokens
         found["statistics"] = products / (machine.single if machine.is_cpu else machine.half)
         cubes, iterates = sum(g.in_features**3 for g in model.groups), config.method == "admm"
-        # One factorisation in double precision, or an inverse for each penalty.
-        inverses = min(admm.LEVELS, config.iterations)
-        found["factors"] = inverses * cubes / machine.single if iterates else cubes / 3 / machine.double
+        # One factorisation in double precision; or one inverse, and a product for each penalty but the first.
+        squares = 2 * (admm.LEVELS - 1) * cubes / max(machine.single, machine.half)
+        found["factors"] = cubes / machine.single + squares if iterates else cubes / 3 / machine.double
         updates = sum(g.in_features**2 * g.rows for g in model.groups)
         # Updates and two sums of errors; an iteration takes 2 more, a refinement about 40.
         rounds = 3 + 2 * (config.iterations + admm.POLISH) * iterates + 40 * (config.refine is not None)

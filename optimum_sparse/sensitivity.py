@@ -23,7 +23,7 @@ from .patterns import keep_mask
 from .statistics import Statistics
 
 # So many windows, of so many tokens at most.
-WINDOWS, LENGTH = 8, 256
+WINDOWS, LENGTH = 4, 256
 
 
 def allocation_forwards(allocation: str | None, tokens: int) -> float:

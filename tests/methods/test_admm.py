@@ -1,6 +1,7 @@
 """What the solution of ADMM must satisfy, though no equation gives it."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -161,6 +162,21 @@ def test_an_iteration_is_that_of_the_formula(pattern, shrink, monkeypatch):
     torch.testing.assert_close(state.double(), z + u + admm.RELAXATION * (v - z), rtol=0, atol=1e-4)
     norms = torch.stack([(v - z).square().sum(dim=1), z.square().sum(dim=1)], dim=1)
     torch.testing.assert_close(squares.double(), norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("growth", [1.2, 1.7, 5.0])
+def test_the_resolvent_of_a_larger_penalty(growth, monkeypatch):
+    """Each product changes eigenvalues by 3 % more or less than it should at most, and none of independent inputs."""
+    monkeypatch.setattr(admm, "product_dtype", lambda device: torch.float32)
+    factor = random(40, 40, seed=0)
+    products = math.ceil(math.log(growth, admm.STEP))
+    for gram, error in ((factor @ factor.T / 40, 0.03 * products), (torch.eye(40), 1e-5)):
+        resolvent, exact = (admm._resolvent(gram, 0.01, rho) for rho in (0.2, 0.2 * growth))
+        admm._raise(resolvent, 0.2, growth, 0.01)
+        vectors = torch.linalg.eigh(gram.double()).eigenvectors
+        found, expected = ((vectors.T @ x.double() @ vectors).diagonal() for x in (resolvent, exact))
+        torch.testing.assert_close(found, expected, rtol=error, atol=0)
+        torch.testing.assert_close(vectors.T @ resolvent.double() @ vectors, found.diag(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(15, 16)], ids=str)
