@@ -20,7 +20,7 @@ from .solution import Solution
 # that the largest weights are kept.
 RHO = (0.2, 1.0)
 LEVELS = 7
-# By how much it grows with each product of `_raise`, at most.
+# By how much it grows with each product of `_raised`, at most.
 STEP = 1.31
 # Over-relaxation of the step, which saves iterations.
 RELAXATION = 1.5
@@ -63,17 +63,14 @@ def solve(
     resolvent = _resolvent(gram, damping, rho)
     for level in range(levels):
         if level:
-            _raise(resolvent, rho, growth, damping)
-            rho *= growth
-        rounded = resolvent.to(product_dtype(gram.device))
+            resolvent, rho = _raised(resolvent, rho, growth, damping), rho * growth
         for iteration in range((config.iterations + level) // levels):  # the last has two, for its mask to settle
             shrink = growth if level and not iteration else 1.0  # U is the dual divided by rho
             limits = _limits(state, pattern, group, rows)
             parts = zip(state.split(count), target.split(count), limits.split(count), strict=True)
-            squares = torch.cat([_iterate(*part, pattern, rounded, shrink) for part in parts])
+            squares = torch.cat([_iterate(*part, pattern, resolvent, shrink) for part in parts])
         apart, kept = (rows.gather(squares) if isinstance(rows, SharedRows) else squares).sum(dim=0)
         residual = (apart / kept.clamp(min=torch.finfo(kept.dtype).tiny)).sqrt().item()
-        del rounded  # make room for the next
         if residual < TOLERANCE:
             break
     mask = keep_mask(state.abs(), pattern, group, rows)
@@ -104,14 +101,14 @@ def _iterate(
 
 
 def _resolvent(gram: torch.Tensor, damping: float, rho: float) -> torch.Tensor:
-    """Rho (G + damping I + rho I)^-1, whose eigenvalues lie between 0 and 1."""
+    """Rho (G + damping I + rho I)^-1, in the dtype to multiply in; its eigenvalues lie between 0 and 1."""
     damped = gram.clone()
     damped.diagonal().add_(damping + rho)
-    return inverse(damped).mul_(rho)
+    return inverse(damped).mul_(rho).to(product_dtype(gram.device))
 
 
-def _raise(resolvent: torch.Tensor, rho: float, growth: float, damping: float) -> None:
-    """Make it that for rho * growth, in place and by products alone, which are many times as fast as inverses.
+def _raised(resolvent: torch.Tensor, rho: float, growth: float, damping: float) -> torch.Tensor:
+    """That for rho * growth, by products alone, which are many times as fast as an inverse.
 
     For (1 + t) rho, R becomes R + t (R - R^2) / (1 + t R). With a number for the R in the denominator, that is exact
     for the eigenvalues 1 and this number, and for others to 3 % with the largest t. The number taken belongs to an
@@ -120,11 +117,10 @@ def _raise(resolvent: torch.Tensor, rho: float, growth: float, damping: float) -
     steps = math.ceil(math.log(growth, STEP))
     more = growth ** (1 / steps) - 1
     for _ in range(steps):
-        rounded = resolvent.to(product_dtype(resolvent.device))
-        square = rounded @ rounded
         share = more / (1 + more * rho / (1 + damping + rho))
-        resolvent.mul_(1 + share).sub_(square, alpha=share)
+        resolvent = torch.addmm(resolvent, resolvent, resolvent, beta=1 + share, alpha=-share)
         rho *= 1 + more
+    return resolvent
 
 
 def _limits(state: torch.Tensor, pattern: Pattern, group: str, rows: Sequence[int] | None) -> torch.Tensor:

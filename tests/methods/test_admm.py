@@ -171,8 +171,8 @@ def test_the_resolvent_of_a_larger_penalty(growth, monkeypatch):
     factor = random(40, 40, seed=0)
     products = math.ceil(math.log(growth, admm.STEP))
     for gram, error in ((factor @ factor.T / 40, 0.03 * products), (torch.eye(40), 1e-5)):
-        resolvent, exact = (admm._resolvent(gram, 0.01, rho) for rho in (0.2, 0.2 * growth))
-        admm._raise(resolvent, 0.2, growth, 0.01)
+        exact = admm._resolvent(gram, 0.01, 0.2 * growth)
+        resolvent = admm._raised(admm._resolvent(gram, 0.01, 0.2), 0.2, growth, 0.01)
         vectors = torch.linalg.eigh(gram.double()).eigenvectors
         found, expected = ((vectors.T @ x.double() @ vectors).diagonal() for x in (resolvent, exact))
         torch.testing.assert_close(found, expected, rtol=error, atol=0)
