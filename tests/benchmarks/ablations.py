@@ -15,6 +15,7 @@ Perplexity over the first windows of WikiText-2 raw test and, if the folder has 
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS, help="what is varied")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of each text")
+    parser.add_argument("--only", metavar="NAME", default="*", help="rows whose names are like 'admm *'")
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -65,6 +67,8 @@ def main() -> None:
     print_header(texts)
     results = [measure("dense", {}, model, windows, texts, args.evaluation_windows)]
     for name, options, text in rows:
+        if not fnmatch.fnmatch(name, args.only):
+            continue
         options = {"sparsity": args.sparsity, **options}
         results.append(measure(name, options, model, text, texts, args.evaluation_windows))
     settings = {"evaluation_windows": args.evaluation_windows, "seqlen": SEQLEN, "dtype": args.dtype}
@@ -82,7 +86,7 @@ def metric(windows: torch.Tensor) -> Rows:
 
 def samples(windows: torch.Tensor) -> Rows:
     """Number of windows."""
-    for method, power in product(("wanda", "sparsegpt"), range(0, 9)):
+    for method, power in product(("wanda", "sparsegpt", "admm"), range(0, 9)):
         number = min(2**power, len(windows))
         yield f"{method} {number}", {"method": method}, windows[:number]
 
