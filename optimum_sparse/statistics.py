@@ -17,6 +17,8 @@ from .precision import exact_in_half, full_precision, half_products, sum_dtype
 PANEL = 256
 # On a GPU, products of that width do not reach full speed; a multiple, so that the blocks on the diagonal stay whole.
 PANEL_GPU = 1024
+# Tokens whose squares are added up at once on a CPU.
+TOKENS = 64
 
 
 class Statistics(ABC):
@@ -118,7 +120,12 @@ class NormStatistics(Statistics):
     def add(self, inputs: torch.Tensor) -> None:
         """As in `Statistics`."""
         self.num_tokens += inputs.shape[0]
-        self._sums += torch.linalg.vector_norm(self._scaled(inputs), dim=0, dtype=torch.float32).square_()
+        if inputs.is_cuda:
+            self._sums += torch.linalg.vector_norm(self._scaled(inputs), dim=0, dtype=torch.float32).square_()
+            return
+        # A CPU takes ten to twenty times as long for that norm, and half as long for squares that stay in the cache.
+        for part in inputs.split(TOKENS):
+            self._sums += self._scaled(part).float().square().sum(dim=0)
 
     @property
     def squared_norms(self) -> torch.Tensor:
