@@ -123,7 +123,7 @@ class NormStatistics(Statistics):
         if inputs.is_cuda:
             self._sums += torch.linalg.vector_norm(self._scaled(inputs), dim=0, dtype=torch.float32).square_()
             return
-        # A CPU takes ten to twenty times as long for that norm, and half as long for squares that stay in the cache.
+        # A CPU takes up to twenty times as long for that norm as for squares that stay in the cache.
         for part in inputs.split(TOKENS):
             self._sums += self._scaled(part).float().square().sum(dim=0)
 

@@ -73,6 +73,7 @@ def solve(
         residual = (apart / kept.clamp(min=torch.finfo(kept.dtype).tiny)).sqrt().item()
         if residual < TOLERANCE:
             break
+    del resolvent  # make room
     mask = keep_mask(state.abs(), pattern, group, rows)
     units = inverse_norms(norms)
     for part, goal, old, keep in zip(*(x.split(count) for x in (state, target, weight, mask)), strict=True):

@@ -18,8 +18,8 @@ from . import gpu, kernels, quantized, tiles
 
 # Up to here, the kernel is faster than unpacking and the dense product; and up to there, if that is one of AMX.
 MOST_TOKENS, MOST_TOKENS_AMX = 96, 12
-# Of a weight, so many bytes or rows are unpacked at once, whichever is more: they stay in the cache until they are
-# multiplied. Parts are equal to this unit of rows: some products with fewer rows take twice as long on AMX.
+# Of a weight, so many bytes or rows are unpacked at once, whichever is more, which stay in the cache until they are
+# multiplied. All parts have about as many rows, in such units: some products with fewer take twice as long on AMX.
 BUFFER_BYTES, BUFFER_ROWS, BUFFER_UNIT = 2**24, 1024, 128
 
 _LIBRARY = torch.library.Library("optimum_sparse", "DEF")

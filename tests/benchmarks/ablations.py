@@ -71,6 +71,8 @@ def main() -> None:
             continue
         options = {"sparsity": args.sparsity, **options}
         results.append(measure(name, options, model, text, texts, args.evaluation_windows))
+    if len(results) == 1:
+        raise SystemExit(f"No row of {args.kind} is like {args.only!r}: see which there are without --only.")
     settings = {"evaluation_windows": args.evaluation_windows, "seqlen": SEQLEN, "dtype": args.dtype}
     found = {"machine": machine(args.threads), "settings": settings, "ablation": args.kind, "rows": results}
     write_json(args.json, found)
