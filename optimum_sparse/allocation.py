@@ -14,6 +14,7 @@ import torch
 from .config import SparseConfig
 from .matrices import PrunableMatrix
 from .methods import METHODS
+from .order import in_order
 from .patterns import NM, Unstructured, num_pruned
 from .statistics import Statistics
 
@@ -146,9 +147,9 @@ def column_losses(scores: torch.Tensor, group: str) -> torch.Tensor:
         group: As for `keep_mask`: a column is one weight of each `"output"`, or as many weights of the `"layer"`.
     """
     if group == "output":
-        return scores.sort(dim=1).values.sum(dim=0, dtype=torch.float64).cpu()
-    in_order = scores.flatten().sort().values
-    return in_order.view(scores.shape[1], -1).sum(dim=1, dtype=torch.float64).cpu()
+        return in_order(scores).sum(dim=0, dtype=torch.float64).cpu()
+    ordered = in_order(scores.reshape(1, -1))
+    return ordered.view(scores.shape[1], -1).sum(dim=1, dtype=torch.float64).cpu()
 
 
 def pattern_loss(scores: torch.Tensor, pattern: NM) -> torch.Tensor:
@@ -158,8 +159,8 @@ def pattern_loss(scores: torch.Tensor, pattern: NM) -> torch.Tensor:
         scores: `[rows, columns]` what they lose with each weight.
         pattern: The pattern.
     """
-    in_order = scores.reshape(-1, pattern.m).sort(dim=1).values
-    return in_order[:, : pattern.m - pattern.n].sum(dtype=torch.float64).cpu()[None]
+    ordered = in_order(scores.reshape(-1, pattern.m))
+    return ordered[:, : pattern.m - pattern.n].sum(dtype=torch.float64).cpu()[None]
 
 
 @dataclass

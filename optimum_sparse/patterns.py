@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .config import resolve_sparsity, split_pattern
+from .order import kth_smallest
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,6 @@ class SharedRows(Sequence[int]):
 
 # So many scores are looked at together if they come in rows, for what that takes in memory besides them.
 CHUNK = 2**22
-# On a GPU, fewer rows than this leave most of it idle if each is searched by itself.
-FEW_ROWS = 64
 
 
 def parse_pattern(sparsity: float | None, pattern: str | None) -> Pattern:
@@ -149,19 +148,7 @@ def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
     height = max(1, CHUNK // scores.shape[1])
     if len(scores) > height:
         return torch.cat([keep_all_but(part, count) for part in scores.split(height)])
-    threshold = _kth_smallest(scores, count)
+    threshold = kth_smallest(scores, count)
     below, tied = scores < threshold, scores == threshold
     room = count - below.sum(dim=1, keepdim=True)
     return ~(below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room)))
-
-
-def _kth_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count`-th smallest score of each row, `[rows, 1]`."""
-    if _sorts(scores.device, *scores.shape):
-        return scores.sort(dim=1).values[:, count - 1 : count]
-    return scores.kthvalue(count, dim=1, keepdim=True).values
-
-
-def _sorts(device: torch.device, rows: int, columns: int) -> bool:
-    """Whether to sort: `kthvalue` has one thread block for each row there, and sorting has all of them."""
-    return device.type == "cuda" and rows < FEW_ROWS and rows * columns <= CHUNK

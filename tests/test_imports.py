@@ -17,6 +17,7 @@ PACKAGE = Path(optimum_sparse.__file__).parent
 ORDER = [
     "config",
     "tables",
+    "order",
     "patterns",
     "distributed",
     "precision",

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from optimum_sparse import patterns
 from optimum_sparse.patterns import NM, Unstructured, keep_all_but, keep_mask, num_pruned, parse_pattern
 
 
@@ -21,24 +20,6 @@ def dropped(mask):
 def test_keep_all_but_equals_sorting(count, values):
     scores = torch.randint(values, (20, 12), generator=torch.Generator().manual_seed(0)).float()
     assert dropped(keep_all_but(scores, count)) == by_sorting(scores, count)
-
-
-@pytest.mark.parametrize("count", [1, 5, 12])
-@pytest.mark.parametrize("values", [3, 1000], ids=["many ties", "few ties"])
-def test_the_way_of_a_gpu_gives_the_same(count, values, monkeypatch):
-    scores = torch.randint(values, (3, 12), generator=torch.Generator().manual_seed(0)).float()
-    asked = []
-    monkeypatch.setattr(patterns, "_sorts", lambda *what: asked.append(what) or True)
-    assert dropped(keep_all_but(scores, count)) == by_sorting(scores, count)
-    assert asked == [(torch.device("cpu"), 3, 12)]
-
-
-def test_few_rows_are_sorted_on_a_gpu_only():
-    gpu = torch.device("cuda")
-    assert patterns._sorts(gpu, 1, 128 * 22016)  # a block of SparseGPT
-    assert not patterns._sorts(torch.device("cpu"), 1, 128 * 22016)
-    assert not patterns._sorts(gpu, 1024, 4096)  # outputs of Wanda: enough rows
-    assert not patterns._sorts(gpu, 1, 4096 * 14336)  # a whole matrix: sorting takes more memory than is planned for
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(4, 8), NM(8, 16), NM(1, 2), NM(3, 4)], ids=str)

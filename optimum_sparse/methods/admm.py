@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import SparseConfig
+from ..order import kth_smallest
 from ..patterns import NM, Pattern, SharedRows, by_matrix, keep_mask, num_pruned
 from ..precision import product_dtype
 from ..statistics import GramStatistics
@@ -75,10 +76,11 @@ def solve(
             break
     del resolvent  # make room
     mask = keep_mask(state.abs(), pattern, group, rows)
-    units = inverse_norms(norms)
+    units, rounded = inverse_norms(norms), gram.to(product_dtype(gram.device))
     for part, goal, old, keep in zip(*(x.split(count) for x in (state, target, weight, mask)), strict=True):
-        deviation = conjugate_gradients(goal - part * keep, keep, gram, damping, rounds=1, steps=POLISH)
-        part.copy_((old - deviation * units).masked_fill_(~keep, 0))
+        kept = keep.to(part.dtype)
+        deviation = conjugate_gradients(goal - part * kept, kept, rounded, damping, rounds=1, steps=POLISH)
+        part.zero_().addcmul_(old - deviation * units, kept)  # a product alone could be -0
     return Solution(state, mask, damping, residual)
 
 
@@ -130,11 +132,11 @@ def _limits(state: torch.Tensor, pattern: Pattern, group: str, rows: Sequence[in
         return state[:, :1]
     if group == "output":
         count = num_pruned(state.shape[1], pattern.sparsity)
-        return state.abs().kthvalue(count, dim=1, keepdim=True).values if count else -torch.ones_like(state[:, :1])
+        return kth_smallest(state.abs(), count) if count else -torch.ones_like(state[:, :1])
 
     def limit(sample: torch.Tensor) -> torch.Tensor:
         count = num_pruned(sample.numel(), pattern.sparsity)
-        found = sample.flatten().kthvalue(count).values if count else -torch.ones_like(sample[0, 0])
+        found = kth_smallest(sample.reshape(1, -1), count) if count else -torch.ones_like(sample[:1, :1])
         return found.expand(len(sample), 1)
 
     return by_matrix(_sample(state, rows), rows, limit)

@@ -32,24 +32,24 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """Minimise D (G + damping I) D^T of each row over the entries of D that the mask keeps; the others are fixed.
 
-    Each round takes the residual in fp32 and improves on it by conjugate gradients whose matrix products may be
-    rounded to bfloat16. A row whose undamped error D G D^T did not fall stays as it was.
+    Each round takes the residual with the Gram matrix as it is given, and improves on it by conjugate gradients whose
+    matrix products may be rounded to bfloat16. A row whose undamped error D G D^T did not fall stays as it was.
 
     Args:
         deviation: D = target - weight in units of `gram`, `[rows, in]` fp32.
-        mask: `[rows, in]`, true where the weight may change.
-        gram: G with unit diagonal, `[in, in]` fp32.
+        mask: `[rows, in]`, true where the weight may change, or 1, which a CPU multiplies faster.
+        gram: G with unit diagonal, `[in, in]`, in fp32, or in `product_dtype` if the residual may be rounded as well.
         damping: What is added to the diagonal, which keeps the weights near the target.
         rounds: So many rounds.
         steps: Steps of a round, each a product of the size of `deviation @ gram`.
     """
     rounded = gram.to(product_dtype(gram.device))
-    product = deviation @ gram
+    product = _times(deviation, gram)
     error = (product * deviation).sum(dim=1, keepdim=True)
     for _ in range(rounds):
         residual = torch.add(product, deviation, alpha=damping).neg_().mul_(mask)
         candidate = deviation + _steps(residual, mask, rounded, damping, steps)
-        product_then = candidate @ gram
+        product_then = _times(candidate, gram)
         error_then = (product_then * candidate).sum(dim=1, keepdim=True)
         better = error_then < error
         deviation = torch.where(better, candidate, deviation)
@@ -70,13 +70,22 @@ def _steps(residual: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, dampi
     """
     solution = torch.zeros_like(residual)
     direction = residual.clone()
-    squared = residual.square().sum(dim=1, keepdim=True)
+    squared = _squared_norms(residual)
     for _ in range(steps):
-        image = (direction.to(gram.dtype) @ gram).float().add_(direction, alpha=damping).mul_(mask)
+        image = _times(direction, gram).add_(direction, alpha=damping).mul_(mask)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         length = torch.where(curvature > 0, squared / curvature, 0)
         solution.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        squared, previous = residual.square().sum(dim=1, keepdim=True), squared
+        squared, previous = _squared_norms(residual), squared
         direction.mul_(torch.where(previous > 0, squared / previous, 0)).add_(residual)
     return solution
+
+
+def _times(rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Their product in the dtype of the Gram matrix, as fp32."""
+    return (rows.to(gram.dtype) @ gram).float()
+
+
+def _squared_norms(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()
