@@ -80,12 +80,13 @@ class Blocks:
         # To see what the correction is worth; the same ones however many processes there are.
         number = {call.batch: call.batch * self._processes.count + self._processes.index for call in calls}
         held_out = {batch for batch in number if self._forwards.num_batches > 1 and number[batch] % HELD_OUT == 0}
+        judging = held_out if self._forwards.num_batches > 1 else set(number)  # a single batch, better than none
 
         def forwards(on_use: OnUse) -> None:
             for call in calls:
                 notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
                 dense, target = self._dense_run(lockstep, module, twins.get(call.batch))
-                if target is not None and call.batch in held_out:
+                if target is not None and call.batch in judging:
                     dense_outputs[call.batch] = target.clone()  # what the batch owns may go away when it goes on
 
                 def pair(batch: int, use: Use, dense: Mapping[View, torch.Tensor] = dense) -> None:
@@ -115,6 +116,8 @@ class Blocks:
             lockstep.go_on(twin.batch for twin in twins.values())
             judges = [call for call in calls if call.batch in dense_outputs]
             self._solver.write(self._best(lockstep, block, candidates, judges, dense_outputs))
+            if self._config.reconstruct and calls and not outputs:
+                self._report.notes.append(f"{block} was not trained: it puts out no tensor")
             return self._reconstruct(lockstep, block, calls, groups, outputs) if outputs else []
 
     def _best(
@@ -138,13 +141,17 @@ class Blocks:
             return candidates[0.0]
         module, errors = self._forwards.model.get_submodule(block), {}
         (count,) = self._processes.totals(len(calls))
+        if not count:
+            return candidates[0.0]
         for correction, solved in candidates.items():
             for one in solved:
                 one.matrix.write(one.weight)
             error = torch.zeros((), dtype=torch.float64, device=self._processes.device)
             for call in calls:
                 output = self._forwards.run_parked(lockstep, module, call)
-                error += relative_error(output, targets[call.batch]).to(error)
+                target = targets[call.batch]
+                keep = self._forwards.tokens_behind(block, call.batch, target)
+                error += relative_error(output, target, keep).to(error)
             self._processes.sum_(error)
             errors[correction] = error.item() / max(count, 1)
         best = min(errors, key=lambda correction: (errors[correction], -correction))
@@ -190,6 +197,7 @@ class Blocks:
 
         assert self._config.reconstruct
         with self._solver.timed("reconstruction"):
-            found = reconstruct(module, names, targets, call_block, self._config.reconstruct)
+            tokens = partial(self._forwards.tokens_behind, block)
+            found = reconstruct(module, names, targets, call_block, self._config.reconstruct, tokens)
         self._report.reconstruction[block] = asdict(found)
         return [f"{block}.{name}" for name in names]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .calibration.batches import num_rows, split_rows
+from .calibration.interface import is_encoder_decoder
 from .distributed import Processes
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, text_models
@@ -69,7 +70,7 @@ class Forwards:
 
     def _set(self, batches: Sequence[Mapping[str, Any]]) -> None:
         self.batches = batches
-        self.paddings = [Padding.of(batch) for batch in batches]
+        self.paddings = [Padding.of(batch, is_encoder_decoder(self.model)) for batch in batches]
 
     def _count(self) -> None:
         (self.num_batches,) = self._processes.totals(len(self.batches))
@@ -85,8 +86,8 @@ class Forwards:
             self.split(max(1, sum(map(num_rows, self.batches)) // count))
         if len(self.batches) < count:
             raise ValueError(
-                f"{len(self.batches)} calibration samples cannot be shared out to {count} processes: give more "
-                "samples, or launch fewer processes."
+                f"{len(self.batches)} calibration batches cannot be shared out to {count} processes: give more "
+                "samples, or in smaller batches, or launch fewer processes."
             )
         self._set(self.batches[self._processes.index :: count])
         self._count()
@@ -188,13 +189,20 @@ class Forwards:
         Raises:
             ValueError: It cannot be told.
         """
+        return self._tokens(batch, use.view.parameter, use.inputs, use.view.part)
+
+    def tokens_behind(self, block: str, batch: int, output: torch.Tensor) -> torch.Tensor | None:
+        """Which of the hidden states that a block puts out are no padding, as `tokens`."""
+        return self._tokens(batch, block, output)
+
+    def _tokens(self, batch: int, name: str, states: torch.Tensor, part: int = 0) -> torch.Tensor | None:
         # The padding of a text says nothing about the images beside it.
-        if self._text and not any(use.view.parameter.startswith(f"{name}.") for name in self._text):
+        if self._text and not any(name.startswith(f"{text}.") for text in self._text):
             return None
         try:
-            return self.paddings[batch].keep(use.inputs, use.view.part)
+            return self.paddings[batch].keep(states, part)
         except ValueError as error:
-            raise ValueError(f"{use.view.parameter}: {error}.") from error
+            raise ValueError(f"{name}: {error}.") from error
 
     def _watching(self, index: int, on_use: Callable[[Use], None]) -> WeightUses:
         """A context that reports uses in the forward of a batch."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .calibration.decoder import NO_LABEL
+
 # Functions that pick rows by a tensor of indices.
 _GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
@@ -32,13 +34,20 @@ class Padding:
         self._of_part: dict[int, torch.Tensor] = {}
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Padding:
-        """From the masks in a batch; a mask with other dimensions says who attends to whom, not what is padding."""
-        masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-        if masks[0] is not None and masks[1] is None:
-            # Of an encoder-decoder model: what the decoder takes is all tokens.
-            ids = batch.get("decoder_input_ids", batch.get("labels"))
-            masks[1] = None if ids is None else torch.ones_like(ids)
+    def of(cls, batch: Mapping[str, Any], decoder_too: bool = False) -> Padding:
+        """From the masks in a batch; a mask with other dimensions says who attends to whom, not what is padding.
+
+        Args:
+            batch: The inputs of a model.
+            decoder_too: Whether it has an encoder and a decoder, which has a mask of its own, or takes all tokens, but
+                for those behind the last label.
+        """
+        masks = [batch.get("attention_mask")]
+        if decoder_too:
+            mask, ids, labels = (batch.get(f) for f in ("decoder_attention_mask", "decoder_input_ids", "labels"))
+            if mask is None and ids is not None:
+                mask = torch.ones_like(ids)
+            masks.append(labels != NO_LABEL if mask is None and labels is not None else mask)
         return cls([mask for mask in masks if isinstance(mask, torch.Tensor) and mask.ndim == 2])
 
     def __bool__(self) -> bool:

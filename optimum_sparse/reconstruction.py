@@ -47,7 +47,12 @@ class Reconstruction:
 
 
 def reconstruct(
-    block: nn.Module, names: Collection[str], targets: Mapping[int, torch.Tensor], call: CallBlock, epochs: int
+    block: nn.Module,
+    names: Collection[str],
+    targets: Mapping[int, torch.Tensor],
+    call: CallBlock,
+    epochs: int,
+    tokens: Callable[[int, torch.Tensor], torch.Tensor | None] = lambda batch, output: None,
 ) -> Reconstruction:
     """Train parameters of a block so that its outputs come close to targets, on the batches of the targets.
 
@@ -60,8 +65,9 @@ def reconstruct(
         targets: For each batch, what the dense block put out on the same inputs, `[..., tokens, features]`.
         call: Calls a function as the forward of a batch calls the block.
         epochs: How often each batch is seen, at most.
+        tokens: Given a batch and its target, which rows of it are tokens and count; `None` for all of them.
     """
-    trainer = _Trainer(block, names, call)
+    trainer = _Trainer(block, names, call, tokens)
     batches = list(targets)
     held_out = batches[:: min(HELD_OUT, len(batches))]
     trained = [batch for batch in batches if batch not in held_out] or batches
@@ -85,14 +91,20 @@ def reconstruct(
     return Reconstruction(before, best, best_epoch)
 
 
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def relative_error(output: torch.Tensor, target: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of the squared norm of the difference relative to that of the target.
 
     Relative for each token: a few have hidden states a hundred times as large as those of the others.
+
+    Args:
+        output: What a block puts out, `[..., features]`.
+        target: What it should.
+        keep: Which tokens count, `[tokens]` bool; `None` for all of them.
     """
     target = target.float()
     tiny = torch.finfo(torch.float32).tiny
-    return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=tiny)).mean()
+    errors = (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=tiny)
+    return (errors if keep is None else errors.flatten()[keep]).mean()
 
 
 def hidden_states(output: Any) -> torch.Tensor:
@@ -110,8 +122,14 @@ def _cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
 class _Trainer:
     """The parameters of a block that are trained, as fp32 copies."""
 
-    def __init__(self, block: nn.Module, names: Collection[str], call: CallBlock) -> None:
-        self._block, self._call = block, call
+    def __init__(
+        self,
+        block: nn.Module,
+        names: Collection[str],
+        call: CallBlock,
+        tokens: Callable[[int, torch.Tensor], torch.Tensor | None],
+    ) -> None:
+        self._block, self._call, self._tokens = block, call, tokens
         self._parameters = {name: block.get_parameter(name) for name in names}
         self._kept = {name: value != 0 for name, value in self._parameters.items() if value.dim() > 1}
         self.masters = {
@@ -134,13 +152,18 @@ class _Trainer:
 
     def backward(self, batch: int, target: torch.Tensor) -> None:
         """Gradients of the error on a batch, zero for what was pruned."""
+        # Half precision has no gradients as small as those of a mean over tokens, relative to their norms.
+        size = target.float().square().sum().item()
+        scale = 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
         with torch.enable_grad():
-            error = self._error(batch, target)
+            error = self._error(batch, target) * scale
         # Not `backward`, which would also give gradients to the parameters of the block that are not trained.
         gradients = torch.autograd.grad(error, list(self.masters.values()), allow_unused=True)
         for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
             kept = self._kept.get(name)
             master.grad = gradient if gradient is None or kept is None else gradient * kept
+            if gradient is not None:
+                master.grad /= scale
 
     @torch.no_grad()
     def error(self, batches: Sequence[int], targets: Mapping[int, torch.Tensor]) -> float:
@@ -150,10 +173,12 @@ class _Trainer:
     def _error(self, batch: int, target: torch.Tensor) -> torch.Tensor:
         weights = {name: self.masters[name].to(value.dtype) for name, value in self._parameters.items()}
         with_grad = torch.is_grad_enabled()  # which the forward of the batch has turned off
+        keep = self._tokens(batch, target)
 
         def run(*args: Any, **kwargs: Any) -> torch.Tensor:
             with torch.set_grad_enabled(with_grad):
-                return relative_error(hidden_states(functional_call(self._block, weights, args, kwargs)), target)
+                output = hidden_states(functional_call(self._block, weights, args, kwargs))
+                return relative_error(output, target, keep)
 
         return self._call(batch, run)
 

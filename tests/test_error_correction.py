@@ -255,3 +255,14 @@ def test_experts_are_not_paired_with_tokens_that_others_have_there(kind: str):
     assert all(entry.correction == 0 or entry.num_tokens == everything for entry in experts)
     assert any(entry.correction == 0 for entry in experts)
     assert any(entry.correction == 0.5 for entry in pruner.report.matrices)
+
+
+def test_a_single_batch_judges_the_correction(monkeypatch: pytest.MonkeyPatch):
+    """Where it made a block worse, it is not taken, though there is nothing held out to judge by."""
+    monkeypatch.setattr(solver, "corrected_target", lambda weight, statistics, share: weight + 10 * share)
+    model, plain = tiny_model(), tiny_model()
+    pruner = SparsePruner(method="sparsegpt", error_correction=0.5, progress=False)
+    pruner.prune(model, dataset=tiny_batches(1))
+    assert all(found["correction"] == 0 < found["before"] for found in pruner.report.correction.values())
+    SparsePruner(method="sparsegpt", true_sequential=False, progress=False).prune(plain, dataset=tiny_batches(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

@@ -89,7 +89,7 @@ def test_left_padding():
     ids=["no mask", "all ones", "4-D", "None", "both all ones"],
 )
 def test_no_padding(batch):
-    padding = Padding.of(batch)
+    padding = Padding.of(batch, decoder_too="decoder_attention_mask" in batch)
     assert not padding
     assert padding.keep(random(2, 9, DIM)) is None  # of any shape
 
@@ -115,7 +115,7 @@ def test_no_rows_have_no_padding():
 
 def test_encoder_and_decoder():
     decoder = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
-    padding = Padding.of({"attention_mask": MASK, "decoder_attention_mask": decoder})
+    padding = Padding.of({"attention_mask": MASK, "decoder_attention_mask": decoder}, decoder_too=True)
     assert padding
     for mask in (MASK, decoder):
         for layout in (LAYOUTS["rows and tokens"], LAYOUTS["flat"]):
@@ -125,20 +125,31 @@ def test_encoder_and_decoder():
 
 @pytest.mark.parametrize("name", ["decoder_input_ids", "labels"])
 def test_a_decoder_without_a_mask_takes_all_tokens(name):
-    padding = Padding.of({"attention_mask": MASK, name: torch.ones(ROWS, 4, dtype=torch.int64)})
+    padding = Padding.of({"attention_mask": MASK, name: torch.ones(ROWS, 4, dtype=torch.int64)}, decoder_too=True)
     assert padding.keep(random(ROWS, 4, DIM)) is None
+    assert torch.equal(padding.keep(random(ROWS, LENGTH, DIM)), MASK.bool().flatten())
+
+
+def test_a_decoder_takes_nothing_behind_the_last_label():
+    labels = torch.tensor([[5, 6, 7], [5, -100, -100], [5, 6, -100]])
+    padding = Padding.of({"labels": labels}, decoder_too=True)
+    assert torch.equal(padding.keep(random(ROWS, 3, DIM)), (labels != -100).flatten())
+
+
+def test_labels_of_a_model_without_an_encoder_say_nothing():
+    padding = Padding.of({"attention_mask": MASK, "labels": MASK})
     assert torch.equal(padding.keep(random(ROWS, LENGTH, DIM)), MASK.bool().flatten())
 
 
 def test_masks_of_equal_shape_that_differ_are_refused():
     other = MASK.flip(0)
-    padding = Padding.of({"attention_mask": MASK, "decoder_attention_mask": other})
+    padding = Padding.of({"attention_mask": MASK, "decoder_attention_mask": other}, decoder_too=True)
     for layout in ("rows and tokens", "flat", "tokens first"):
         with pytest.raises(ValueError, match=r"shape \[3, 5\], \[3, 5\]"):
             padding.keep(LAYOUTS[layout](hidden_states()))
     with pytest.raises(ValueError, match="cannot be matched"):
-        Padding.of({"attention_mask": MASK, "labels": MASK}).keep(hidden_states())
-    same = Padding.of({"attention_mask": MASK, "decoder_attention_mask": MASK.clone()})
+        Padding.of({"attention_mask": MASK, "labels": MASK}, decoder_too=True).keep(hidden_states())
+    same = Padding.of({"attention_mask": MASK, "decoder_attention_mask": MASK.clone()}, decoder_too=True)
     assert torch.equal(kept(same, hidden_states()), tokens_of(hidden_states()))
 
 
@@ -364,6 +375,40 @@ def test_padding_makes_no_difference(build, data, min_expert_tokens, true_sequen
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-6)
     for (name, ours), (_, theirs) in zip(together.named_parameters(), alone.named_parameters(), strict=True):
         assert torch.equal(ours == 0, theirs == 0), name
+
+
+@pytest.mark.parametrize("build", [t5_model, lambda: sweep_model("llama")], ids=["t5", "llama"])
+def test_padded_batches_with_labels(build, seen):
+    """As a data collator makes them; and without labels, where a decoder gets the tokens themselves."""
+    for with_labels in (True, False):
+        alone, together, lengths = build(), build(), (24, 17, 9)
+        for model, batches in ((alone, texts(lengths)), (together, [padded(texts(lengths))])):
+            if with_labels:
+                for batch in batches:
+                    mask = batch.get("attention_mask", torch.ones(1))
+                    batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+            SparsePruner(method="wanda", sparsity=0.5, progress=False).prune(model, dataset=batches)
+        half = len(seen) // 2
+        for ours, theirs in zip(seen[half:], seen[:half], strict=True):
+            assert ours[0] == theirs[0]
+            torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-6)
+        seen.clear()
+
+
+@pytest.mark.parametrize(
+    "options", [{"error_correction": 0.5, "method": "sparsegpt"}, {"reconstruct": 1}], ids=["correction", "training"]
+)
+def test_what_stands_in_padding_makes_no_difference(options):
+    """Neither blocks nor corrections are judged by it."""
+    models = []
+    for filler in (0, 77):
+        batches = [padded(texts((24, 9, 17), seed)) for seed in range(4)]
+        for batch in batches:
+            batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, filler)
+        model = sweep_model("llama")
+        SparsePruner(sparsity=0.5, progress=False, **options).prune(model, dataset=batches)
+        models.append(model.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 # model type -> the router of a layer, its parameter, and a matrix of its experts

@@ -139,6 +139,29 @@ def test_one_batch_is_trained_and_judged_on():
     assert train(block, inputs, targets).after < train(*problem(num_batches=1), epochs=1).before
 
 
+def test_gradients_do_not_vanish_in_float16():
+    """They are means over many tokens, relative to large norms, which half precision cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    block = nn.Linear(64, 64, bias=False)
+    nn.init.normal_(block.weight, std=1.0, generator=generator)
+    inputs = {0: torch.randn(4096, 64, generator=generator)}
+    targets = {0: (inputs[0] @ block.weight.T.detach() * 1.05)}
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        layer = copy.deepcopy(block).to(dtype)
+        call = lambda batch, function, dtype=dtype: function(inputs[batch].to(dtype))  # noqa: E731
+        found[dtype] = reconstruct(layer, ["weight"], {0: targets[0].to(dtype)}, call, 3)
+    assert found[torch.float32].epochs and found[torch.float16].epochs == found[torch.float32].epochs
+    assert found[torch.float16].after == pytest.approx(found[torch.float32].after, rel=0.02)
+
+
+def test_relative_error_of_some_tokens():
+    output, target = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    keep = torch.tensor([True, False, True, False, False, True])
+    expected = relative_error(output.flatten(0, 1)[keep], target.flatten(0, 1)[keep])
+    assert relative_error(output, target, keep) == expected
+
+
 def test_relative_error_is_that_of_each_token():
     target = torch.tensor([[[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]]])
     output = target + torch.tensor([[[0.5, 0.0], [0.0, 50.0], [0.0, 0.0]]])

@@ -17,7 +17,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..config import SparseConfig
 from ..offload import execution_device
 from .batches import Row, check_vocabulary, given_batches, stack_rows, token_rows
-from .decoder import DECODER_TOKENS, SHIFTED, add_decoder_inputs
+from .decoder import DECODER_TOKENS, NO_LABEL, SHIFTED, add_decoder_inputs
 from .generation import TEMPERATURE, TOP_P, check_can_generate, first_tokens, generate_windows
 from .interface import check_takes_tokens, is_encoder_decoder, longest_input, main_input, vocabulary_size
 from .packing import document_windows, packed_windows, separator_id, tokenize
@@ -109,6 +109,10 @@ def load_calibration(
         # Beside images or sound, some ids may stand for these and have no embedding.
         if batch.get("input_ids") is not None and not any(map(_is_floating, batch.values())):
             check_vocabulary(batch["input_ids"], vocabulary)
+        for name in DECODER_TOKENS[:2] if is_encoder_decoder(model) else ():
+            ids = batch.get(name)
+            if isinstance(ids, torch.Tensor) and ids.ndim == 2 and not _is_floating(ids):
+                check_vocabulary(ids[ids != NO_LABEL], vocabulary)
     record = _describe(batches, model) | {"dataset": source.description, "seed": config.seed}
     if source.kind == "self":
         record["generation"] = {"temperature": TEMPERATURE, "top_p": TOP_P}

@@ -14,6 +14,11 @@ from .interface import main_input
 # The tokens of one sequence by the name of the model input, each [tokens] int64: "input_ids", "attention_mask" if the
 # user gave one, and what the decoder of an encoder-decoder model is given.
 Row = dict[str, torch.Tensor]
+# Model inputs that have something for each token, of the encoder or of the decoder.
+TOKEN_INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    *("labels", "decoder_input_ids", "decoder_attention_mask"),
+)
 
 
 def token_rows(items: Iterable[Mapping[str, Any]], others: Sequence[str] = ()) -> Iterator[Row]:
@@ -63,19 +68,40 @@ def num_rows(batch: Mapping[str, Any]) -> int:
     return max(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
+def holds_tokens(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has nothing but tokens, and what there is for each of them, so that it can be taken apart."""
+    ids = batch.get("input_ids")
+    there = {name: value for name, value in batch.items() if value is not None}
+    return isinstance(ids, torch.Tensor) and all(
+        name in TOKEN_INPUTS and isinstance(value, torch.Tensor) and value.ndim in (1, 2, 4) and len(value) == len(ids)
+        for name, value in there.items()
+    )
+
+
 def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     """A batch of tokens in parts of `size` rows; one of other things as it is."""
-    if not set(batch) <= {"input_ids", "attention_mask"}:
+    if not holds_tokens(batch):
         return [dict(batch)]
-    parts = {name: value.split(size) for name, value in batch.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    return [
+        {name: value if value is None else value[first : first + size] for name, value in batch.items()}
+        for first in range(0, len(batch["input_ids"]), size)
+    ]
 
 
 def shortened(batch: Mapping[str, Any], length: int = 256) -> dict[str, Any]:
-    """The start of a batch of tokens; one of other things as it is."""
-    if not set(batch) <= {"input_ids", "attention_mask"}:
+    """The start of a batch of tokens, from the first that is no padding on; one of other things as it is."""
+    if not holds_tokens(batch):
         return dict(batch)
-    return {name: value[:, :length] for name, value in batch.items()}
+    tokens, mask = batch["input_ids"].shape[1], batch.get("attention_mask")
+    first = 0
+    if mask is not None and mask.ndim == 2:
+        first = min(int(mask.any(dim=0).int().argmax()), max(0, tokens - length))
+
+    def cut(value: torch.Tensor) -> torch.Tensor:
+        part = slice(first, first + length) if value.shape[-1] == tokens else slice(length)
+        return value[..., part, part] if value.ndim == 4 else value[:, part] if value.ndim == 2 else value
+
+    return {name: value if value is None else cut(value) for name, value in batch.items()}
 
 
 def stack_rows(rows: Iterable[Row], batch_size: int | None, batch_tokens: int) -> list[dict[str, Any]]:
@@ -160,7 +186,7 @@ def check_vocabulary(ids: torch.Tensor, vocabulary: int | None) -> None:
     Raises:
         ValueError: An id is negative, or `vocabulary` or more.
     """
-    for extreme in (int(ids.min()), int(ids.max())):
+    for extreme in (int(ids.min()), int(ids.max())) if ids.numel() else ():
         if vocabulary is not None and not 0 <= extreme < vocabulary:
             raise ValueError(
                 f"Token id {extreme} is outside of the model's vocabulary of {vocabulary} ids: use the tokenizer that "

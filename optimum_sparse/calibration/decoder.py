@@ -11,6 +11,8 @@ from .interface import input_names, is_encoder_decoder
 
 # What the record says of them.
 SHIFTED = "the windows themselves, shifted right"
+# What stands in labels where there is none.
+NO_LABEL = -100
 # What token dicts may hold for the decoder.
 DECODER_TOKENS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
@@ -28,7 +30,8 @@ def add_decoder_inputs(model: nn.Module, batches: list[dict[str, Any]]) -> bool:
     Raises:
         ValueError: A batch has neither inputs for the decoder nor tokens, or the model does not tell the first token.
     """
-    if not is_encoder_decoder(model) or "decoder_input_ids" not in input_names(model):
+    names = input_names(model)
+    if not is_encoder_decoder(model) or "decoder_input_ids" not in names:
         return False
     added = False
     for index, batch in enumerate(batches):
@@ -41,6 +44,8 @@ def add_decoder_inputs(model: nn.Module, batches: list[dict[str, Any]]) -> bool:
                 "belongs to each item."
             )
         batch["decoder_input_ids"] = _shifted(model, batch["input_ids"])
+        if batch.get("attention_mask") is not None and "decoder_attention_mask" in names:
+            batch["decoder_attention_mask"] = batch["attention_mask"]  # what is padding there is padding here
         added = True
     return added
 
