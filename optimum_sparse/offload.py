@@ -277,10 +277,15 @@ class Residency:
         """Give the parameters of these names the values that they have in a safetensors file."""
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name in sorted(names):
-                if name in self._by_name:
-                    self._by_name[name][1].keep(file.get_tensor(name), path, name)
-                else:
-                    self._model.get_parameter(name).copy_(file.get_tensor(name))
+                value = file.get_tensor(name)
+                if name not in self._by_name:
+                    self._model.get_parameter(name).copy_(value)
+                    continue
+                tensor = self._by_name[name][1]
+                tensor.keep(value, path, name)
+                if tensor.users:  # it is there already, as it was
+                    tensor.there.data.copy_(value)
+                    tensor.version = tensor.there._version
 
     def _enter(self, unit: _Unit, *_: Any) -> None:
         if self._forwards == 1:

@@ -215,11 +215,24 @@ def _open(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         _compare(folder, json.loads(file.read_text(encoding="utf-8")), fingerprint)
         return
     folder.mkdir(parents=True, exist_ok=True)
+    check_progress_folder(folder)
+    with replace_file(file) as temporary:
+        temporary.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+
+
+def check_progress_folder(folder: Path) -> None:
+    """See that a folder, if there is one, has the progress of a run, or nothing.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder to keep the progress in.")
+    if not folder.is_dir() or (folder / FINGERPRINT_FILE).is_file():
+        return
     others = {path.name for path in folder.iterdir() if not path.name.startswith(f"{ACTIVATIONS_FOLDER}-")}
     if others - {f".{FINGERPRINT_FILE}.tmp"}:
         raise ValueError(f"{folder} has other files than those of an interrupted run: name a folder of its own.")
-    with replace_file(file) as temporary:
-        temporary.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -39,8 +39,14 @@ def weights(model: PreTrainedModel, pruner: SparsePruner, folder: Path) -> tuple
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"true_sequential": False}, {"method": "magnitude"}, {"allocation": "error"}],
-    ids=["by group", "by block", "without data", "allocated"],
+    [
+        {},
+        {"true_sequential": False},
+        {"method": "magnitude"},
+        {"allocation": "error"},
+        {"error_correction": 0.5, "batch_size": 2},
+    ],
+    ids=["by group", "by block", "without data", "allocated", "corrected"],
 )
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "zamba2", "offloaded"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -149,6 +155,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other files than those of an interrupted run"):
         pruned(tiny_model(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_of_something_else_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    for folder, message in ((tmp_path, "has other files"), (tmp_path / "mine.txt", "is a file: name a folder")):
+        with pytest.raises(ValueError, match=message):
+            SparsePruner(progress=False).prune(tiny_model(), dataset="no such data", resume_from=folder)
 
 
 def test_a_full_disk_stops_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
