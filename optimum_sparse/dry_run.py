@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .calibration import BATCH_TOKENS_ACCELERATOR, BATCH_TOKENS_CPU, DEFAULT_SEQLEN
-from .calibration.interface import longest_input
+from .calibration.interface import is_encoder_decoder, longest_input
 from .config import SparseConfig
 from .estimate import available_memory
 from .matrices import find_blocks, find_matrices, find_weights
@@ -105,9 +105,9 @@ def outline(build: Callable[[], nn.Module], config: SparseConfig) -> Outline:
 
 def _outline(model: nn.Module, config: SparseConfig) -> Outline:
     blocks = find_blocks(model)
-    watched = Watched({weight.parameter: weight.value for weight in find_weights(model)})
+    watched = Watched({w.parameter: w.value for w in find_weights(model) if not w.is_convolution})
     tokens = min(PROBE_TOKENS, longest_input(model) or PROBE_TOKENS)
-    batch = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
+    batch: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)}
     seen, notes, footprint = None, [], Footprint(0, 0, 0)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation(EXPERTS)
@@ -115,6 +115,8 @@ def _outline(model: nn.Module, config: SparseConfig) -> Outline:
     def forward(inputs: Mapping[str, Any]) -> None:
         model(**inputs, use_cache=False)
 
+    if is_encoder_decoder(model):
+        batch["decoder_input_ids"] = batch["input_ids"]
     try:
         seen = trace(forward, [batch], model, watched, blocks)
         footprint = measure(forward, batch, tokens, watched, model, blocks)

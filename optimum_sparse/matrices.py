@@ -100,6 +100,11 @@ class Weight:
     modules: tuple[nn.Module, ...]
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether it is that of a convolution, which is in no matrix product."""
+        return isinstance(self.modules[0], _ConvNd)
+
+    @property
     def value(self) -> nn.Parameter:
         """The parameter."""
         return self.modules[0].get_parameter(self.parameter.rpartition(".")[2])
@@ -177,15 +182,17 @@ class _Choice:
 
     def against(self, weight: Weight, names: list[str]) -> str | None:
         """Why a matrix is not to be pruned, or `None`."""
-        config, aliases, block = self._config, self._aliases(weight, names), self._block(weight)
+        config, aliases, block = self._config, self.aliases(weight, names), self._block(weight)
         if not matches(config.targets, aliases):
             return "does not match targets"
         if matches(config.ignore, aliases):
             return "matches ignore"
         if weight.value in self._embeddings:
             return f"shares its weight with the embedding {self._embeddings[weight.value]}"
-        if isinstance(weight.modules[0], _ConvNd):
+        if weight.is_convolution:
             return "is a convolution"
+        if not weight.value.is_contiguous():
+            return "is not contiguous in memory: make it so with .contiguous()"
         if config.block_range and (block is None or not config.block_range[0] <= block < config.block_range[1]):
             return "outside block_range"
         if self._override(weight, names).get("sparsity") == 0:
@@ -209,23 +216,41 @@ class _Choice:
         else:  # of the two, the pattern says more: an allocation leaves matrices dense until the sparsity is met
             pattern = parse_pattern(None if self._config.pattern else self._config.sparsity, self._config.pattern)
         if isinstance(pattern, NM) and view.shape[1] % pattern.m:
+            module = weight.names[0].rsplit(".", 1)[-1]
             raise ValueError(
                 f"Pattern {pattern} does not divide the {view.shape[1]} inputs of {names[0]}: choose an M that "
-                f"divides {view.shape[1]}, or leave this module out with ignore=[{names[0].rsplit('.', 1)[-1]!r}]."
+                f"divides {view.shape[1]}, or leave this module out with ignore={[*self._config.ignore, module]}."
             )
         block = weight.names[0] if index is None else self._blocks[index]
         return PrunableMatrix(names[0], view, weight.modules[0], pattern, block, bool(override))
 
-    def _aliases(self, weight: Weight, names: list[str]) -> list[str]:
+    def aliases(self, weight: Weight, names: list[str]) -> list[str]:
+        """All names by which a matrix can be called."""
         head = ["lm_head" for module in weight.modules if module is self._head]
         return [*names, *weight.names, *head]
 
     def _override(self, weight: Weight, names: list[str]) -> dict[str, Any]:
-        aliases = self._aliases(weight, names)
+        aliases = self.aliases(weight, names)
         return next((o for o in reversed(self._config.overrides) if matches([o["match"]], aliases)), {})
 
     def _block(self, weight: Weight) -> int | None:
         return next((i for i, block in enumerate(self._blocks) if _inside(weight.parameter, [block])), None)
+
+
+def unmatched(model: nn.Module, config: SparseConfig) -> list[str]:
+    """What to say of patterns of names that match no weight of a model, so that a slip does not go unseen."""
+    choice = _Choice(model, config)
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)} | {"lm_head"}
+    for weight in find_weights(model):
+        parts = range(len(weight.value)) if weight.value.ndim > 2 else ()
+        names.update(choice.aliases(weight, [f"{name}.{part}" for name in weight.names for part in parts]))
+    asked = {
+        "targets": config.targets,
+        "ignore": config.ignore,
+        "overrides": [override["match"] for override in config.overrides],
+    }
+    missing = [(option, p) for option, patterns in asked.items() for p in patterns if not matches([p], names)]
+    return [f"{option}: {pattern!r} matches no weight of the model" for option, pattern in missing]
 
 
 def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,16 @@ class Footprint:
     running: float
     shares: Mapping[str, float] = field(default_factory=dict)
     logits: float = 0.0
+
+    def of_all(self, most: Callable[[int], int]) -> Footprint:
+        """The largest of those of several processes; `most` gives the largest of a number."""
+        return replace(
+            self,
+            waiting=most(math.ceil(self.waiting)),
+            entering=most(math.ceil(self.entering)),
+            running=most(math.ceil(self.running)),
+            logits=most(math.ceil(self.logits)),
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Workload:
         units: What offloaded blocks and modules take that are there at once.
         cpu: What is free on the CPU, if another device computes, else `None`.
         disk: What is free on disk.
+        in_parts: Whether batches can be split, which those of other things than tokens cannot.
     """
 
     groups: Sequence[GroupShape]
@@ -96,6 +108,7 @@ class Workload:
     units: int
     cpu: int | None
     disk: int
+    in_parts: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ def make_plan(work: Workload, config: SparseConfig, budget: int, activation_devi
 def _candidates(work: Workload, config: SparseConfig, budget: int, activation_device: str | None) -> Iterator[Plan]:
     orders = [True, False] if config.true_sequential is None else [config.true_sequential]
     rows = [work.batch_rows]
-    while config.batch_size is None and rows[-1] > 1:
+    while work.in_parts and config.batch_size is None and rows[-1] > 1:
         rows.append(-(-rows[-1] // 2))
     places = [activation_device] if activation_device else [None, *(["cpu"] if work.cpu is not None else []), "disk"]
     for true_sequential in orders:

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .allocation import allocate, allocated, describe
 from .blocks import Blocks
-from .calibration.batches import num_rows, shortened
+from .calibration.batches import holds_tokens, num_rows, shortened
 from .config import SparseConfig
 from .distributed import Processes
 from .estimate import duration, free_memory, held_memory, num_tokens, run_seconds
 from .forwards import Forwards
-from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights
+from .matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, unmatched
 from .methods import METHODS, fused
 from .offload import Residency, execution_device
 from .plan import GroupShape, Plan, Workload, make_plan, measure
@@ -85,7 +86,7 @@ class PruningRun:
         self._processes = processes
         self._given = batches
         self._blocks = find_blocks(model)
-        self._parameters = Watched({weight.parameter: weight.value for weight in find_weights(model)})
+        self._parameters = Watched({w.parameter: w.value for w in find_weights(model) if not w.is_convolution})
         self._residency = Residency(model, self._blocks, self._parameters)
         self._activation_device = activation_device
         self._max_memory = max_memory
@@ -109,9 +110,12 @@ class PruningRun:
         self._check_processes()
         rounds = self.config.quantization is not None
         slow = fused.missing(execution_device(self._model), rounds) if METHODS[self.config.method].sweeps else None
-        self._report.notes += [slow] if slow else []
+        self._report.notes += [*([slow] if slow else []), *unmatched(self._model, self.config)]
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
+        head = self._model.get_output_embeddings() if isinstance(self._model, PreTrainedModel) else None
+        left_out = "the output embeddings are pruned, too: lm_head is not in ignore"
+        self._report.notes += [f"{matrix.name}: {left_out}" for matrix in matrices if matrix.module is head]
         self._progress.start(len(matrices))
         if seen is None or data_free:
             self._data_free(matrices)
@@ -137,7 +141,7 @@ class PruningRun:
         if left:
             notes.append(
                 f"errors are not corrected in {len(left)} matrices, {left[0]} among them: they are in no block, run "
-                "several times, or see other tokens in the dense model"
+                "several times, see other tokens in the dense model, or their block puts out no tensor to judge by"
             )
         return notes
 
@@ -268,6 +272,11 @@ class PruningRun:
         found = expected_rises(forwards.run, forwards.batches, matrices, inputs, group, seeds)
         rises = torch.tensor(found, dtype=torch.float64, device=self._processes.device)
         self._processes.sum_(rises)
+        if not rises.any() and any(matrix.pattern.sparsity for matrix in matrices):
+            raise ValueError(
+                "allocation='loss' found nothing that the loss depends on: what the model puts out is a single number "
+                "for each sample, or the batches hold nothing but padding. Choose allocation='error'."
+            )
         return rises.tolist()
 
     def _steps(self, members: Mapping[Any, Iterable[PrunableMatrix]]) -> Steps:
@@ -296,6 +305,8 @@ class PruningRun:
             # The probe has paid for warming up.
             footprint = measure(self._forwards.run, batch, short, self._parameters, self._model, self._blocks)
             seconds = clock.elapsed
+        # Batches of other processes may be routed otherwise, and all are to come to the same plan.
+        footprint = footprint.of_all(self._processes.most)
         self._residency.settle()
         numbers = [GroupShape.of(group, footprint) for group in groups]
         largest = max(batches, key=num_tokens)
@@ -312,6 +323,7 @@ class PruningRun:
             units=self._processes.most(self._residency.most_bytes),
             cpu=None if device.type == "cpu" else free_memory(torch.device("cpu"), self._processes),
             disk=self._processes.least(shutil.disk_usage(files).free // self._processes.num_local),
+            in_parts=all(map(holds_tokens, batches)),
         )
         room = held + free_memory(device, self._processes)
         self._max_memory = room if self._max_memory is None else self._max_memory

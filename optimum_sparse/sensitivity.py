@@ -92,6 +92,8 @@ def expected_rises(
             lost.masked_fill_(keep_mask(scores, matrix.pattern, group), 0)
             rises[index] += lost.square().sum(dtype=torch.float64).item() / 2 * (matrix.shape[0] / len(weight))
 
+    if not of_parameter:
+        return rises
     with _gradients(list(of_parameter), take) as parameters:
         for batch, seed in zip(batches, seeds, strict=True):
             # What the caller made in inference mode cannot be used where there are gradients.

@@ -98,13 +98,14 @@ class Solver:
         solved = []
         with self.timed("solve") as clock, self._residency.holding(matrix.view.parameter for matrix in group):
             for pattern in dict.fromkeys(matrix.pattern for matrix in group):
-                stack = [matrix for matrix in group if matrix.pattern == pattern]
+                stack, begun = [matrix for matrix in group if matrix.pattern == pattern], clock.elapsed
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
                 with torch.autocast(stack[0].device.type, enabled=False), full_precision(), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics, correction)
+                own = (clock.elapsed - begun) / len(stack)
                 for matrix, solution, error in zip(stack, solutions, errors, strict=True):
                     weight = solution.weight
-                    spent = (clock.elapsed + seconds) / len(group)
+                    spent = own + seconds / len(group)
                     entry = self._entry(matrix, weight, solution, error, statistics, spent, layer_share, correction)
                     solved.append(Solved(matrix, weight, entry, solution.grid))
         return solved

@@ -90,8 +90,9 @@ def trace(
 ) -> Trace:
     """Run forwards and see in which order, how often and on which inputs weights are used.
 
-    Batches are taken until every weight that can be seen has been. Experts that share a parameter with one that was
-    seen count as seen, and stand where they would run if a token were routed to them.
+    Batches are taken until every weight that can be seen has been. Parameters of two dimensions that are not called
+    `weight` are not waited for: those of state spaces, for example, are never in a product. Experts that share a
+    parameter with one that was seen count as seen, and stand where they would run if a token were routed to them.
 
     Args:
         forward: Runs the model on a batch.
@@ -106,6 +107,7 @@ def trace(
     running: dict[View, str | None] = {}
     routers: set[View] = set()
     copied: set[str] = set()
+    due = {name for name, parameter in parameters.items() if parameter.ndim > 2 or name.endswith(".weight")}
     for batch in batches:
         probe = _Probe(parameters)
         with probe.inside(model, blocks), probe:
@@ -115,7 +117,7 @@ def trace(
         routers |= probe.routers
         copied |= probe.copied
         _merge(order, inputs, probe.events)
-        if {view.parameter for view in running} >= parameters.keys() and not _missing_parts(order, parameters):
+        if {view.parameter for view in running} >= due and not _missing_parts(order, parameters):
             break
     _complete(order, inputs, parameters)
     for view in inputs:

@@ -127,7 +127,7 @@ def test_all_are_told_what_does_not_fit(two: Path) -> None:
     for process in (0, 1):
         differ, few = json.loads((two / f"errors-{process}.json").read_text())
         assert "The 2 processes differ in: calibration data" in differ
-        assert "1 calibration samples cannot be shared out to 2 processes" in few
+        assert "1 calibration batches cannot be shared out to 2 processes" in few
 
 
 @pytest.mark.slow

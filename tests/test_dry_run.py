@@ -13,6 +13,7 @@ from optimum_sparse.matrices import find_blocks, find_matrices, find_weights
 from optimum_sparse.plan import measure
 from optimum_sparse.trace import trace
 from optimum_sparse.uses import Watched
+from tests.beyond_text import t5_model
 from tests.helpers import ARCHITECTURES, tiny_mixtral, tiny_model
 
 LLAMA_2_7B = dict(
@@ -123,3 +124,10 @@ def test_a_model_that_needs_values_is_counted_by_its_classes() -> None:
     found = outline(Picky, SparseConfig())
     assert [(g.in_features, g.rows) for g in found.groups] == [(64, 32), (64, 32)]
     assert "does not run without data" in found.notes[0]
+
+
+def test_an_encoder_decoder_model_runs_on_its_own_tokens() -> None:
+    model = t5_model()
+    found = outline(lambda: type(model)(copy.deepcopy(model.config)), SparseConfig())
+    assert not found.notes
+    assert found.footprint.running > 0

@@ -8,11 +8,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparseConfig
-from optimum_sparse.matrices import PrunableMatrix, find_blocks, find_matrices, find_weights
+from optimum_sparse.matrices import PrunableMatrix, find_blocks, find_matrices, find_weights, unmatched
 from optimum_sparse.patterns import NM, Unstructured
 from optimum_sparse.trace import Trace, trace
 from optimum_sparse.uses import View
-from tests.helpers import ARCHITECTURES, tiny_batches, tiny_model
+from tests.helpers import ARCHITECTURES, tiny_batches, tiny_mixtral, tiny_model
 
 # The name of the list that holds the decoder's layers, where it is not `model.layers`.
 LAYERS = {
@@ -247,3 +247,45 @@ def test_a_model_without_blocks():
     assert find_blocks(model) == []
     matrices, _ = find_matrices(model, SparseConfig())
     assert [(matrix.name, matrix.block) for matrix in matrices] == [("0", "0"), ("2", "2")]
+
+
+def test_weights_that_are_not_contiguous_stay_dense():
+    model = tiny_model()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.t().contiguous().t())
+    for seen in (None, seen_in(model)):
+        matrices, skipped = find_matrices(model, SparseConfig(method="magnitude"), seen)
+        assert "not contiguous" in skipped["model.layers.0.self_attn.q_proj"]
+        assert len(matrices) == 13
+
+
+def test_the_advice_keeps_what_is_ignored():
+    with pytest.raises(ValueError, match=r"ignore=\['lm_head', 'q_proj'\]"):
+        find_matrices(tiny_model(), SparseConfig(pattern="5:7"))
+    model = tiny_mixtral(intermediate_size=36)
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"the 36 inputs of .*down_proj.*ignore=\['lm_head', 'down_proj'\]"):
+        find_matrices(model, SparseConfig(pattern="4:8"), seen_in(model))
+
+
+@pytest.mark.parametrize("model", [tiny_model(), tiny_mixtral()], ids=["llama", "mixtral"])
+def test_patterns_that_match_nothing_are_named(model):
+    names = [name for name, _ in model.named_parameters() if "layers.0" in name and "proj" in name]
+    fine = SparseConfig(
+        targets=["*proj*", "experts.*"] if "experts" in names[-1] else ["*proj"],
+        ignore=["lm_head", "embed_tokens", "k_proj", names[0].removesuffix(".weight")],
+        overrides=[{"match": "self_attn.*", "sparsity": 0.1}],
+    )
+    assert unmatched(model, fine) == []
+    override = {"match": "kproj", "sparsity": 0}
+    slips = SparseConfig(targets=["o_proj", "qproj"], ignore=["self_attn"], overrides=[override])
+    assert unmatched(model, slips) == [
+        "targets: 'qproj' matches no weight of the model",
+        "ignore: 'self_attn' matches no weight of the model",
+        "overrides: 'kproj' matches no weight of the model",
+    ]
+
+
+def test_an_expert_can_be_named():
+    assert unmatched(tiny_mixtral(), SparseConfig(ignore=["experts.gate_up_proj.3"])) == []
+    assert unmatched(tiny_mixtral(), SparseConfig(ignore=["experts.gate_up_proj.4"])) != []

@@ -305,3 +305,13 @@ def test_a_run_takes_what_the_plan_says(case: int) -> None:
     taken, said = taken_and_said(RUN)[case]
     assert taken <= 1.1 * said
     assert said <= 1.6 * taken + 100 * MIB
+
+
+def test_batches_that_cannot_be_split_stay_whole() -> None:
+    assert {plan.batch_rows for plan in plans(SparseConfig())} == {8, 4, 2, 1}
+    assert {plan.batch_rows for plan in plans(SparseConfig(), replace(WORK, in_parts=False))} == {8}
+
+
+def test_processes_plan_for_the_one_that_needs_most() -> None:
+    found = Footprint(waiting=10.5, entering=3, running=20, logits=7).of_all(lambda size: max(size, 12))
+    assert found == Footprint(waiting=12, entering=12, running=20, logits=12)

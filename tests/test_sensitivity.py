@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from optimum_sparse import SparsePruner
 from optimum_sparse.matrices import PrunableMatrix
@@ -205,3 +205,27 @@ def test_what_it_cannot_do(tmp_path):
     )
     with pytest.raises(ValueError, match=r"gradients of the whole model.*allocation='error'"):
         SparsePruner(allocation="loss", progress=False).prune(offloaded, dataset=tiny_batches())
+
+
+def test_a_loss_that_depends_on_nothing():
+    """A reward is a single number, whose softmax is 1 whatever it is."""
+    config = copy.deepcopy(tiny_model().config)
+    config.num_labels, config.pad_token_id = 1, 0
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"nothing that the loss depends on.*Choose allocation='error'"):
+        SparsePruner(allocation="loss", sparsity=0.5, progress=False).prune(model, dataset=tiny_batches(2))
+
+
+def test_padding_in_front_of_the_tokens():
+    """The start of a batch is where its tokens are."""
+    ids = tiny_batches(1, rows=2, length=LENGTH + 20)[0]["input_ids"]
+    mask = torch.ones(2, 2 * LENGTH + 20, dtype=torch.int64)
+    mask[:, :LENGTH] = 0
+    batch = {"input_ids": torch.cat([torch.zeros(2, LENGTH, dtype=torch.int64), ids], dim=1), "attention_mask": mask}
+    allocated = []
+    for given in (batch, {"input_ids": ids}):
+        pruner = SparsePruner(allocation="loss", sparsity=0.5, progress=False)
+        pruner.prune(tiny_model(max_position_embeddings=1024), dataset=[given])
+        allocated.append([entry.zeros for entry in pruner.report.matrices])
+    assert allocated[0] == pytest.approx(allocated[1], rel=0.02)
+    assert len(set(allocated[0])) > 3

@@ -537,3 +537,31 @@ def test_the_probe_lets_go_of_what_it_has_seen() -> None:
     model.model.layers[2].register_forward_pre_hook(lambda *args: seen.append(seen[0]()))
     trace_of_text(model, tiny_batches(1))
     assert seen[1] is None
+
+
+def test_what_is_never_in_a_product_is_not_waited_for():
+    """Weights of convolutions, and tables such as those of state spaces."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(DIM, DIM)
+            self.table = nn.Parameter(torch.ones(DIM, 3))
+            self.conv = nn.Conv1d(DIM, DIM, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv((self.inner(x) * self.table.sum(1)).T)
+
+    seen: list[int] = []
+
+    def batches() -> Iterable[torch.Tensor]:
+        for index in range(5):
+            seen.append(index)
+            yield random(ROWS, DIM)
+
+    model = Mixer()
+    parameters = {w.parameter: w.value for w in find_weights(model) if not w.is_convolution}
+    assert parameters.keys() == {"inner.weight", "table"}
+    with torch.no_grad():
+        trace(model, batches(), model, parameters, [])
+    assert seen == [0]

@@ -57,7 +57,7 @@ def _factor(statistics: GramStatistics, damping: torch.Tensor) -> tuple[torch.Te
     width = statistics.squared_norms.shape[0]
     starts = range(0, width, PANEL)
     panels = [statistics.upper_columns(start, min(start + PANEL, width)).double() for start in starts]
-    factor = torch.zeros(width, width, device=panels[0].device)
+    factor = torch.zeros(width, width, dtype=torch.float32, device=panels[0].device)
     failed = []
     for start, panel in reversed(list(zip(starts, list(panels), strict=True))):
         panels.pop()

@@ -49,7 +49,7 @@ def solve(
     rounding = joint_rounding(weight, config)
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
-        eye = torch.eye(stop - start, device=factor.device)
+        eye = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])

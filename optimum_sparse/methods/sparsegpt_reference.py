@@ -31,7 +31,7 @@ def solve(
 
 
 def _solve_one(weight: torch.Tensor, statistics: GramStatistics, pattern: Pattern, config: SparseConfig) -> Solution:
-    hessian = statistics.gram * (2 / statistics.num_tokens)
+    hessian = statistics.gram * (2 / max(statistics.num_tokens, 1))
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     weight = weight.masked_fill(dead, 0)

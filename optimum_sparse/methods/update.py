@@ -73,7 +73,7 @@ def update(
     )  # a block of the target is needed only until its errors are known
     for start, stop in _blocks(target.shape[0], config.block_size, pattern):
         block = slice(start, stop)
-        eye = torch.eye(stop - start, device=factor.device)
+        eye = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
