@@ -54,7 +54,7 @@ def parse_size(size: int | str) -> int:
     from accelerate.utils.modeling import convert_file_size_to_int
 
     try:
-        found = convert_file_size_to_int(size)
+        found = int(size) if str(size).isdecimal() else convert_file_size_to_int(size)
     except (ValueError, TypeError, AttributeError):
         found = -1
     if isinstance(size, bool) or found <= 0:

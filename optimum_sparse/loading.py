@@ -65,8 +65,10 @@ def load_model(
     Raises:
         FileNotFoundError: There is no such file, folder or Hub model.
         ConnectionError: The model is not in the local cache and the Hub cannot be reached.
-        ValueError: The checkpoint is quantised, is an adapter, or lacks weights.
+        ValueError: The checkpoint is quantised, is an adapter, lacks weights, or is damaged.
     """
+    from safetensors import SafetensorError
+
     path = local_path(source)
     if path is not None and path.is_file():
         if quantization_config is not None:
@@ -81,15 +83,21 @@ def load_model(
             check_not_quantized(name, config_file)
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
-        model, info = model_class(config_file.parent).from_pretrained(
-            name,
-            revision=revision or "main",
-            dtype=dtype,
-            output_loading_info=True,
-            device_map=device_map,
-            offload_folder=offload_folder,
-            quantization_config=quantization_config,
-        )
+        try:
+            model, info = model_class(config_file.parent).from_pretrained(
+                name,
+                revision=revision or "main",
+                dtype=dtype,
+                output_loading_info=True,
+                device_map=device_map,
+                offload_folder=offload_folder,
+                quantization_config=quantization_config,
+            )
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"The files of {name} do not make the model that its config.json describes ({error}): they are "
+                "damaged, incomplete, or of another model."
+            ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -130,6 +138,13 @@ def model_without_weights(source: str | os.PathLike, dtype: str | torch.dtype = 
         return AutoModelForCausalLM.from_config(config) if kind is AutoModelForCausalLM else kind(config)
     finally:
         torch.set_default_dtype(before)
+
+
+def class_to_load(architecture: str) -> str:
+    """Name of the class whose `from_pretrained` loads a model of a class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return "AutoModelForCausalLM" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else architecture
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import metadata
 from .calibration import load_calibration
@@ -21,16 +20,19 @@ from .config import SparseConfig
 from .depth import DepthError
 from .distributed import Processes
 from .estimate import parse_size, peak_memory
+from .loading import class_to_load
 from .matrices import find_blocks, find_matrices
 from .methods import statistics_for
 from .offload import offloaded_places, savable, tie_offloaded
 from .progress import Progress
 from .quantization import Grid, write_grids
 from .report import PAGE_FILE, SparsityReport, take_pictures, weight_bytes, write_report
+from .resume import check_progress_folder
 from .run import PruningRun
 from .runtime.linear import SparseLinear
 from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
+from .statistics import Statistics
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -97,7 +99,8 @@ class SparsePruner:
             dataset: Calibration data to use instead of `config.dataset`: also a list of token dicts, a
                 `datasets.Dataset`, or a `DataLoader` of model inputs.
             resume_from: A folder where each finished block is kept. If it has those of the same run that did not come
-                to its end, they are taken over, and the result has the same bits as if nothing had happened.
+                to its end, they are taken over, and the result has the same bits as if nothing had happened. A model
+                that is offloaded to disk reads its pruned weights from there: keep the folder until it is saved.
             activation_device: Where the activations of the calibration batches wait: `"cpu"`, `"disk"` (files in
                 `resume_from`, or where the system has its temporary files). By default they wait where they are
                 computed, if there is room.
@@ -109,15 +112,32 @@ class SparsePruner:
 
         Raises:
             ValueError: The model, the configuration or the data cannot be used; the message says what to do.
+            TypeError: `model` is no module, or the data are of an unsupported type.
+            OSError: A file of the data cannot be read, or `resume_from` cannot be written.
         """
         _check_model(model)
+        if tokenizer is not None and not callable(tokenizer):
+            raise TypeError(
+                f"tokenizer must be a loaded tokenizer or processor, got {tokenizer!r}: load it with "
+                "AutoTokenizer.from_pretrained, and pass calibration data as dataset=."
+            )
         if activation_device not in (None, *ACTIVATION_DEVICES):
             raise ValueError(
                 f"activation_device must be one of {', '.join(ACTIVATION_DEVICES)} or None, got {activation_device!r}."
             )
+        limit = None if max_memory is None else parse_size(max_memory)
+        folder = None if resume_from is None else Path(resume_from)
+        if folder is not None:
+            check_progress_folder(folder)
         tie_offloaded(model)
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
+        before = getattr(getattr(model, "config", None), "sparsity_config", None)
+        if before is not None:
+            report.notes.append(
+                f"the model had been pruned before (by {before.get('method')}, {before.get('achieved_sparsity'):.2%} "
+                "zeros): its zeros count, and errors are relative to it"
+            )
         started = time.perf_counter()
         processes = Processes()
         shown = self.progress and processes.is_main
@@ -132,8 +152,6 @@ class SparsePruner:
                 if (found := calibration.record["num_samples"]) < self.config.num_samples:
                     report.notes.append(f"calibrated on {found} samples instead of {self.config.num_samples}")
                 report.seconds["calibration data"] = time.perf_counter() - started
-            folder = None if resume_from is None else Path(resume_from)
-            limit = None if max_memory is None else parse_size(max_memory)
             run = PruningRun(
                 model, self.config, report, progress, processes, batches, activation_device, folder, limit
             )
@@ -141,6 +159,7 @@ class SparsePruner:
             depth = DepthError(model, [] if offloaded_places(model) else find_blocks(model))
             with depth.watching():
                 matrices = run.prune()
+            report.notes += _few_tokens(report, statistics_for(self.config))
             self.grids = run.grids
             report.config["true_sequential"] = run.config.true_sequential
             report.seconds["total"] = time.perf_counter() - started
@@ -148,12 +167,17 @@ class SparsePruner:
             report.memory = {} if run.plan is None else {what: size for what, size in run.plan.memory.items() if size}
             report.depth_error = depth.measure() if report.calibration else {}
             report.pictures = take_pictures(matrices)
-            report.command = _code(report.config, given=dataset is not None)
+            given = dataset is not None or not isinstance(self.config.dataset, str)
+            report.command = _code(report.config, given)
             report.versions = metadata.versions()
             if isinstance(model, PreTrainedModel):
                 model.config.sparsity_config = metadata.sparsity_config(
                     model, run.config, matrices, report.calibration
                 )
+                if before is not None:  # what it was before that is where it comes from
+                    model.config.sparsity_config |= {
+                        name: before.get(name) for name in ("base_model", "base_revision")
+                    }
                 report.model = model.config.sparsity_config["base_model"]
             progress.say(report.table())
         return model
@@ -236,14 +260,8 @@ class SparsePruner:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
-            name = type(model).__name__
-            card = model_card(
-                model.config.sparsity_config,
-                self.report,
-                repo_id,
-                "AutoModelForCausalLM" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else name,
-                compressed,
-            )
+            name = class_to_load(type(model).__name__)
+            card = model_card(model.config.sparsity_config, self.report, repo_id, name, compressed)
             save_card(card, folder, self.report)
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
@@ -304,6 +322,18 @@ def _code(options: Mapping[str, Any], given: bool) -> str:
     )
 
 
+def _few_tokens(report: SparsityReport, kind: type[Statistics] | None) -> list[str]:
+    """What to say if weights were fitted to so little text that their errors on it say nothing."""
+    tokens = (report.calibration or {}).get("num_tokens")
+    width = max((entry.shape[1] for entry in report.matrices), default=0)
+    if tokens is None or kind is None or tokens >= kind.enough_tokens(width):
+        return []
+    return [
+        f"calibrated on {tokens} tokens, where matrices have up to {width} inputs: errors are small because there is "
+        "little text to be wrong on, and those on other text are larger; take several times as many tokens"
+    ]
+
+
 def _dummy_batch(model: nn.Module) -> dict[str, Any]:
     """A few tokens that show how the model works."""
     if isinstance(model, PreTrainedModel):
@@ -316,8 +346,10 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"model must be a loaded model, got {model!r}: call AutoModelForCausalLM.from_pretrained first."
         )
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("The model is compiled, so its layers cannot be watched: prune it before torch.compile.")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(
+            "The model is compiled, or a module of it, so its layers cannot be watched: prune it before torch.compile."
+        )
     adapters: Any = getattr(model, "peft_config", None)
     if adapters:
         raise ValueError(

@@ -18,8 +18,8 @@ from torch import nn
 GRIDS_FILE = "quantization/grids.safetensors"
 # Files of an earlier save, which would be loaded along with the new ones.
 WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     GRIDS_FILE,
@@ -33,8 +33,9 @@ TEMPORARY = ".saving-"
 def replace_folder(directory: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write into, and move its files to `directory` when all of them are complete.
 
-    Files of the same name are replaced one by one by atomic renames, old weight files go last, and whatever else
-    stands in `directory` stays. If the body raises, for instance because the disk is full, nothing there has changed.
+    Files of the same name are replaced one by one by atomic renames, the weight files of an earlier model go last, and
+    whatever else stands in `directory` stays. If the body raises, for instance because the disk is full, nothing there
+    has changed.
 
     Raises:
         ValueError: `directory` is a file.
@@ -42,6 +43,7 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: name a folder to save into.")
+    is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     for left_behind in directory.glob(f"{TEMPORARY}*"):  # by a process that was killed while it wrote
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -61,6 +63,8 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
                     path.unlink()
     finally:
         shutil.rmtree(temporary)
+        if is_new and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 @contextmanager

@@ -85,3 +85,7 @@ def test_a_gpu_that_was_not_used_says_nothing_of_the_peak(monkeypatch):
     assert peak_memory() >= without
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     assert peak_memory() == 7
+
+
+def test_a_size_may_be_a_number_of_bytes_in_a_text():
+    assert parse_size("4000000000") == parse_size(4000000000) == 4 * 10**9

@@ -199,6 +199,17 @@ def test_a_pruner_can_be_rebuilt_from_its_dict():
     assert SparsePruner.from_dict(pruner.to_dict()).config == pruner.config
 
 
+def test_a_model_that_had_been_pruned_keeps_its_origin():
+    model = tiny_model()
+    model.name_or_path = "where/it/comes-from"
+    pruned(model, sparsity=0.5)
+    model.name_or_path = "a/pruned-one"
+    report = pruned(model, sparsity=0.3).report
+    assert model.config.sparsity_config["base_model"] == report.model == "where/it/comes-from"
+    (note,) = (note for note in report.notes if "pruned before" in note)
+    assert "by admm, 50.00% zeros" in note
+
+
 def test_a_pruned_model_can_be_pruned_again():
     model = tiny_model()
     pruned(model, method="wanda", sparsity=0.3)
@@ -372,6 +383,76 @@ def test_models_with_adapters_are_refused():
 def test_compiled_models_are_refused():
     with pytest.raises(ValueError, match=r"before torch\.compile"):
         pruned(torch.compile(tiny_model(), backend="eager"))
+
+
+def test_models_with_a_compiled_module_are_refused():
+    inner, whole = tiny_model(), tiny_model()
+    inner.model.layers[0] = torch.compile(inner.model.layers[0])
+    whole.compile()
+    for model in (inner, whole):
+        with pytest.raises(ValueError, match=r"compiled.*before torch\.compile"):
+            pruned(model)
+
+
+@pytest.mark.parametrize("given", ["my-text.txt", ["a text"]], ids=["name", "texts"])
+def test_what_is_no_tokenizer_is_refused(given):
+    with pytest.raises(TypeError, match=r"tokenizer must be a loaded tokenizer.*dataset="):
+        SparsePruner(progress=False).prune(tiny_model(), given)
+
+
+def test_a_memory_that_is_none_is_refused_before_the_data_are_read():
+    with pytest.raises(ValueError, match="max_memory must be"):
+        SparsePruner(progress=False).prune(tiny_model(), dataset="no such data", max_memory="lots")
+
+
+def test_other_default_types(monkeypatch):
+    """Not those of the solvers."""
+    expected = {method: tiny_model() for method in ("sparsegpt", "wanda-update")}
+    for method, model in expected.items():
+        pruned(model, method=method)
+    for dtype in (torch.bfloat16, torch.float64):
+        for method, model in expected.items():
+            other = tiny_model()
+            torch.set_default_dtype(dtype)
+            try:
+                pruned(other, method=method)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            same = zip(model.parameters(), other.parameters(), strict=True)
+            assert all(torch.equal(a == 0, b == 0) for a, b in same)
+
+
+def test_little_text_is_said_to_be():
+    def notes(length, **options):
+        found = pruned(tiny_model(), tiny_batches(1, length=length), **options).report.notes
+        return [note for note in found if "little text" in note]
+
+    assert notes(8) and notes(8, method="sparsegpt")
+    assert not notes(8, method="magnitude") and not notes(100)
+
+
+def test_pruned_output_embeddings_are_said_to_be():
+    assert any("output embeddings are pruned" in n for n in pruned(tiny_model(), ignore=["k_proj"]).report.notes)
+    assert not any("output embeddings" in n for n in pruned(tiny_model()).report.notes)
+
+
+def test_slips_in_names_are_said():
+    notes = pruned(tiny_model(), ignore=["lm_head", "kproj"]).report.notes
+    assert "ignore: 'kproj' matches no weight of the model" in notes
+
+
+def test_a_list_of_texts_is_given_to_prune_in_the_code_of_the_report():
+    pruner = SparsePruner(dataset=TEXT, seqlen=16, num_samples=4, progress=False)
+    pruner.prune(tiny_model(), tiny_tokenizer())
+    assert "pruner.prune(model, tokenizer, dataset)" in pruner.report.command and "texts" not in pruner.report.command
+
+
+def test_seconds_of_all_matrices_add_up_to_those_of_the_phases():
+    pruner = pruned(tiny_model(), allocation="error", sparsity=0.5)
+    seconds = pruner.report.seconds
+    assert sum(entry.seconds for entry in pruner.report.matrices) == pytest.approx(
+        seconds["solve"] + seconds["statistics"], rel=0.2
+    )
 
 
 def test_quantized_models_are_refused():

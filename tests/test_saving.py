@@ -10,13 +10,19 @@ from optimum_sparse.saving import TEMPORARY, replace_folder
 
 def test_files_are_replaced_and_others_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "adapter_model.safetensors").write_text("mine")
     (tmp_path / "config.json").write_text("old")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("old shard")
     with replace_folder(tmp_path) as folder:
         (folder / "config.json").write_text("new")
         (folder / "model.safetensors").write_text("new weights")
         assert (tmp_path / "config.json").read_text() == "old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_model.safetensors",
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
     assert (tmp_path / "config.json").read_text() == "new"
 
 
@@ -36,6 +42,12 @@ def test_what_a_killed_process_has_left_behind_goes(tmp_path):
     with replace_folder(tmp_path) as folder:
         (folder / "config.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_new_folder_goes_if_nothing_comes_into_it(tmp_path):
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / "new"):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -61,10 +61,20 @@ def device_called(name: str, given: torch.device | None = None) -> torch.device:
     return device
 
 
+def check_file(name: str | Path | None, option: str) -> None:
+    """Raise an `OSError` unless a file that was asked for, if any, can be written."""
+    if name is not None:
+        if not str(name) or Path(name).is_dir():
+            raise IsADirectoryError(f"{option} {str(name)!r} must name a file, not a folder.")
+        check_writable(Path(name).absolute().parent)
+
+
 def check_writable(folder: Path) -> None:
     """Raise an `OSError` unless files can be written in `folder`, or in the folder where it would be created."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{folder} cannot be a folder, since {existing} is a file: give another path.")
-    with tempfile.TemporaryFile(dir=existing):
-        pass
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"Nothing can be written in {folder}: {error.strerror} ({existing}).") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import user_errors
+from . import check_file, user_errors
 
 DESCRIPTION = """\
 Load a pruned model twice, as it is and with its linear layers packed where that is faster, and measure both in turn:
@@ -62,6 +62,8 @@ class BenchCommand(BaseOptimumCLICommand):
 
         args = self.args
         with user_errors():
+            check_file(args.json, "--json")
+            check_file(args.plot, "--plot")
             if args.plot is not None:
                 measure.check_plot(args.plot)
             if args.threads is not None:
@@ -78,11 +80,13 @@ class BenchCommand(BaseOptimumCLICommand):
                 args.dtype,
                 args.prefer,
             )
+        print(measure.table(findings))
+        with user_errors():
             if args.json is not None:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(findings, indent=2) + "\n", encoding="utf-8")
             if args.plot is not None:
                 measure.plot(findings, args.plot)
-        print(measure.table(findings))
         if report is not None:
             # A report is published with the model: no paths of this machine.
             report.bench = {**findings, "model": Path(args.model).resolve().name}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import check_writable, user_errors
+from . import check_file, user_errors
 
 DESCRIPTION = """\
 Put the reports of several pruned models side by side: zeros, size, perplexity, divergence from the dense model and
@@ -54,7 +54,7 @@ def compare(args: Namespace) -> None:
     from ..report import REPORT_FILE, compare_reports, read_report
     from ..saving import replace_file
 
-    check_writable(args.html.absolute().parent)
+    check_file(args.html, "--html")
     reports = {}
     for folder in dict.fromkeys(args.models):
         report = read_report(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import RUNTIMES, load_model, local_path
-from . import DTYPES, check_writable, device_called, user_errors
+from . import DTYPES, check_file, device_called, user_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = ("The capital of France is", "Water boils when", "To make a cup of tea, first")
 
@@ -105,8 +108,9 @@ def evaluate_model(args: Namespace) -> None:
         raise ValueError(
             "--runtime sparse is for a whole model on the CPU: leave out --offload, and --device or give --device cpu."
         )
-    if args.json is not None:
-        check_writable(args.json.absolute().parent)
+    check_file(args.json, "--json")
+    if args.prompts and not all(prompt.strip() for prompt in args.prompts):
+        raise ValueError("--prompts has an empty one: give texts to continue, or leave the option without any.")
     from ..evaluation import check_same_tokenizer, evaluate, generate
     from ..report import REPORT_FILE, read_report, write_report
     from ..report.summary import quality
@@ -121,6 +125,8 @@ def evaluate_model(args: Namespace) -> None:
         if args.baseline:
             baseline, other = _load(args, args.baseline, Path(folder, "baseline"))
             check_same_tokenizer(tokenizer, other)
+            if getattr(baseline.config, "sparsity_config", None) is not None:
+                logger.warning("The baseline %s has been pruned, too: it is not dense.", args.baseline)
         datasets = args.dataset if args.dataset is not None else [] if args.tasks else ["wikitext2"]
         found = evaluate(
             model,
@@ -141,10 +147,6 @@ def evaluate_model(args: Namespace) -> None:
     generations = [
         {"prompt": prompt, "dense": a, "pruned": b} for prompt, a, b in zip(prompts, dense, pruned, strict=True)
     ]
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**found, "generations": generations}, indent=2, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
     for row in quality(found):
         beside = f"   dense {row.dense}" if row.dense else ""
         print(f"{row.what}\n    {row.pruned}{beside}{f'   {row.change}' if row.change else ''}")
@@ -152,6 +154,10 @@ def evaluate_model(args: Namespace) -> None:
         print(f"\n{sample['prompt']} …")
         for which in ("dense", "pruned") if baseline else ("pruned",):
             print(f"    {which}: {' '.join(sample[which].split())}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**found, "generations": generations}, indent=2, ensure_ascii=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
     if report is not None and source is not None:
         report.evaluations.append(found)
         report.generations = generations or report.generations

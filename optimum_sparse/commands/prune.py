@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import PRESETS, SparseConfig, preset_options
-from ..loading import load_model, local_path, model_without_weights, read_json
-from . import DTYPES, check_writable, device_called, user_errors
+from ..loading import class_to_load, load_model, local_path, model_without_weights, read_json
+from . import DTYPES, check_file, check_writable, device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,8 @@ examples:
   optimum-cli sparse prune model.gguf pruned --method wanda --dataset self --override 'k_proj=0' 'mlp.*=0.6'
 """
 
+# Stands in a folder for offloaded weights that was made here, and may be deleted.
+CLAIMED = ".optimum-sparse"
 # Group of each field of SparseConfig; a field that stands nowhere belongs to the last group.
 GROUPS = {
     "how much": ("sparsity", "pattern", "overrides", "allocation"),
@@ -129,8 +131,7 @@ def prune(args: Namespace) -> None:
     config = build_config(args)
     output = Path(args.output)
     _check_output(output, local_path(args.model))
-    if args.report:
-        check_writable(Path(args.report).absolute().parent)
+    check_file(args.report, "--report")
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
 
@@ -144,6 +145,8 @@ def prune(args: Namespace) -> None:
     offload = output.with_name(f"{output.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
+    if device_map:
+        _claim(offload)
     model, tokenizer = load_model(args.model, args.dtype, device_map, offload)
     pruner = SparsePruner(config)
     progress = output.with_name(f"{output.name}.progress") if args.resume else None
@@ -161,18 +164,31 @@ def prune(args: Namespace) -> None:
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
         if processes.is_main:
-            print(f"Saved to {output}. Load it with AutoModelForCausalLM.from_pretrained({str(output)!r}).")
+            name = class_to_load(type(model).__name__)
+            print(f"Saved to {output}. Load it with {name}.from_pretrained({str(output)!r}).")
             _write_reports(pruner.report, output if args.html else None, args.report)
         # While the files that offloaded weights are read from are still there.
         url = pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer) if args.push_to_hub else ""
     finally:
-        if processes.is_main:
+        if device_map and processes.is_main:
             shutil.rmtree(offload, ignore_errors=True)
     if url:
         print(f"Uploaded to {url}")
     if progress is not None and processes.is_main:
         remove_progress(progress)
     processes.end()
+
+
+def _claim(folder: Path) -> None:
+    """Make a folder for offloaded weights, or take over that of a run that was killed.
+
+    Raises:
+        ValueError: There is something else.
+    """
+    if folder.exists() and not (folder / CLAIMED).is_file():
+        raise ValueError(f"{folder} is in the way of weights that are offloaded: move it, or give another OUT.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CLAIMED).touch()
 
 
 def _write_reports(report: SparsityReport, folder: Path | None, file: str | None) -> None:
@@ -307,6 +323,9 @@ def _check_output(output: Path, source: Path | None) -> None:
         raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
     if source is not None and output.exists() and output.samefile(source):
         raise ValueError(f"OUT is MODEL ({output}): give another folder, the dense model is not overwritten.")
+    file = output / "config.json"
+    if file.is_file() and "sparsity_config" not in read_json(file):
+        raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
     check_writable(output)
 
 

@@ -11,7 +11,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import DTYPES, user_errors
+from . import DTYPES, check_writable, device_called, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -91,21 +91,28 @@ def recover_from(args: Namespace) -> None:
     if args.teacher_cache and not args.distill:
         raise ValueError("--teacher-cache needs a teacher: give --distill TEACHER.")
 
+    from ..evaluation import check_same_tokenizer
     from ..recovery.recover import recover
     from ..recovery.teacher_cache import TopKCache
     from ..report import PAGE_FILE, read_report, weight_bytes, write_report
 
+    device_called(args.device)  # it is there
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
+    check_writable(output)
     report = None if source is None else read_report(source)
     model, tokenizer = load_model(args.model, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: save that of the dense model along with it.")
+    teacher, other = load_model(args.distill, args.dtype) if args.distill else (None, None)
+    check_same_tokenizer(tokenizer, other, "teacher")
     record = recover(
         model,
         tokenizer,
         output,
         args.dataset,
         config,
-        teacher=load_model(args.distill, args.dtype)[0] if args.distill else None,
+        teacher=teacher,
         teacher_cache=TopKCache(args.teacher_cache) if args.teacher_cache else None,
         device=None if args.device == "auto" else args.device,
     )

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..calibration.interface import is_encoder_decoder, longest_input
+from ..calibration.batches import check_vocabulary
+from ..calibration.interface import is_encoder_decoder, longest_input, vocabulary_size
 from ..offload import execution_device
 from .intervals import interval
 
@@ -233,6 +234,8 @@ def _check(models: Sequence[PreTrainedModel], input_ids: torch.Tensor, seqlen: i
             f"input_ids must be a tensor of shape [tokens], the whole text in one row, got {shape}: "
             "windows are cut here, so flatten it."
         )
+    for model in models:
+        check_vocabulary(input_ids, vocabulary_size(model))
     if seqlen < 2:
         raise ValueError(f"seqlen must be at least 2, got {seqlen}: the first token of a window is not predicted.")
     if batch_size < 1:

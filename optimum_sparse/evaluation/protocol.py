@@ -65,6 +65,7 @@ def evaluate(
         ImportError: There are tasks, and lm-eval is not installed.
     """
     started = time.perf_counter()
+    datasets, tasks = ([given] if isinstance(given, str) else given for given in (datasets, tasks))
     if seqlen is None:
         seqlen = min(SEQLEN, longest_input(model) or SEQLEN)
     # What is wrong with a text or a task is said before anything is measured.
@@ -85,20 +86,27 @@ def evaluate(
     }
 
 
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, baseline: PreTrainedTokenizerBase | None) -> None:
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, what: str = "baseline"
+) -> None:
     """See that two models are told the same by the same tokens.
+
+    Args:
+        tokenizer: That of the model.
+        other: That of the other one, if it has any.
+        what: What the other one is.
 
     Raises:
         ValueError: Their vocabularies differ.
     """
-    if baseline is not None:
-        own, dense = tokenizer.get_vocab(), baseline.get_vocab()
-        differing = len(own.items() ^ dense.items())
+    if other is not None:
+        own, theirs = tokenizer.get_vocab(), other.get_vocab()
+        differing = len(own.items() ^ theirs.items())
         if differing:
             raise ValueError(
-                f"The model and the baseline have other tokenizers: {len(own)} and {len(dense)} tokens, {differing} "
-                "of them not shared. Perplexities of other tokens cannot be compared; the baseline must be the dense "
-                "model that it was made from."
+                f"The model and the {what} have other tokenizers: {len(own)} and {len(theirs)} tokens, {differing} of "
+                f"them not shared. What is said of other tokens cannot be compared; the {what} must be the dense "
+                "model that it was made from, or one with its tokenizer."
             )
 
 

@@ -29,7 +29,11 @@ class RecoveryConfig:
     max_steps: int = _option(200, "optimizer steps")
     batch_size: int = _option(1, "texts per forward")
     gradient_accumulation: int = _option(8, "forwards per optimizer step")
-    seqlen: int = _option(1024, "tokens per text; longer ones are cut, plain text is joined and cut into pieces")
+    seqlen: int | None = _option(
+        None,
+        "tokens per text; longer ones are cut, plain text is joined and cut into pieces (default: 1024, or the "
+        "model's maximum if that is less)",
+    )
     num_samples: int | None = _option(None, "how many rows of the dataset are read (default: all)")
     eval_samples: int = _option(16, "texts held out for the evaluation before and after")
     kl_weight: float = _option(1.0, "with a teacher: its share of the loss; the rest is cross-entropy")
@@ -52,7 +56,7 @@ class RecoveryConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.seqlen < 2:
+        if self.seqlen is not None and self.seqlen < 2:
             raise ValueError(
                 f"seqlen must be at least 2, got {self.seqlen}: the first token of a text is not predicted."
             )

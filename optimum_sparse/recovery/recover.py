@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import metadata
+from ..calibration.interface import is_encoder_decoder, longest_input
 from ..integrations.hub import model_card
 from ..loading import read_json
 from ..saving import check_target, replace_folder
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "recovery-checkpoints"
 RUN_FILE = "run.json"
 WARMUP = 0.05  # of the steps
+SEQLEN = 1024
 
 CARD = """
 ## How it was trained after pruning
@@ -75,17 +78,20 @@ def recover(
         The record, as it stands in `config.sparsity_config["recovery"]` of the saved model.
 
     Raises:
-        ValueError: The model is dense, the teacher has another vocabulary, the data are of no known format or too few,
-            or `output` holds checkpoints of another run.
+        ValueError: The model is dense or does not predict the next token, `seqlen` is longer than it supports, the
+            teacher has another vocabulary, the data are of no known format or too few, or `output` holds checkpoints
+            of another run.
         OSError: Data cannot be read, or the result cannot be written.
     """
     config = config or RecoveryConfig()
+    seqlen = _length(config, model)
+    config = replace(config, seqlen=seqlen)
     output = Path(output)
     check_target(model, output)
     masks = find_masks(model)
     if teacher is not None:
         check_teacher(model, teacher)
-    examples = tokenize_rows(read_rows(dataset, config.num_samples), tokenizer, config.seqlen)
+    examples = tokenize_rows(read_rows(dataset, config.num_samples), tokenizer, seqlen)
     training, held_out = _split(examples, config)
     checkpoints = output / CHECKPOINTS
     _check_same_run(checkpoints, _identity(config, masks, examples, teacher))
@@ -148,6 +154,20 @@ def mean_loss(
         count += int((labels != IGNORED).sum())
     model.train(was_training)
     return total / count
+
+
+def _length(config: RecoveryConfig, model: PreTrainedModel) -> int:
+    """Tokens per text, which the model supports."""
+    if is_encoder_decoder(model) or not model.can_generate():
+        raise ValueError(
+            f"What is trained is a model that predicts the next token, got {type(model).__name__}: load it with "
+            "AutoModelForCausalLM if it is one."
+        )
+    longest = longest_input(model) or math.inf
+    seqlen = min(SEQLEN, longest) if config.seqlen is None else config.seqlen
+    if seqlen > longest:
+        raise ValueError(f"seqlen is {seqlen}, and {type(model).__name__} has {longest} positions: give at most that.")
+    return int(seqlen)
 
 
 def _split(examples: list[Any], config: RecoveryConfig) -> tuple[list[Any], list[Any]]:
@@ -213,12 +233,13 @@ def _identity(
     """What must be the same for a run to be resumed."""
     digest = hashlib.sha256(json.dumps(examples).encode())
     digest.update("".join(f"{key} {mask.digest}" for key, mask in masks.items()).encode())
-    return {**config.to_dict(), "distilled": teacher is not None, "sha256": digest.hexdigest()}
+    options = {name: value for name, value in config.to_dict().items() if name != "save_steps"}
+    return {**options, "distilled": teacher is not None, "data or zeros": digest.hexdigest()}
 
 
 def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
     file = folder / RUN_FILE
-    if file.is_file():
+    if file.is_file() and get_last_checkpoint(str(folder)) is not None:
         found = read_json(file)
         different = [name for name in identity if found.get(name) != identity[name]]
         if different:

@@ -127,3 +127,10 @@ def test_plot(pruned: Path, tmp_path: Path, suffix: str):
     file = tmp_path / f"figure.{suffix}"
     assert sparse("bench", pruned, "--batch-sizes", 1, "--plot", file, *FEW) == 0
     assert file.stat().st_size > 1000
+
+
+def test_files_are_checked_before_and_folders_made(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sparse("bench", pruned, "--json", tmp_path) == 2
+    assert "must name a file" in capsys.readouterr().err
+    assert sparse("bench", pruned, "--batch-sizes", 1, "--json", tmp_path / "new" / "bench.json", *FEW) == 0
+    assert (tmp_path / "new" / "bench.json").is_file()

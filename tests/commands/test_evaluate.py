@@ -141,7 +141,7 @@ def test_what_does_not_go_together(folders: Path, capsys: pytest.CaptureFixture)
     assert "LlamaForCausalLM has 128 positions" in error(folders / "pruned", *text, "--seqlen", 129)
     assert "a smaller seqlen" in error(folders / "pruned", *text, "--num-windows", 1000)
     assert "nowhere.txt" in error(folders / "pruned", "--dataset", "nowhere.txt")
-    assert "prompt '' has no tokens" in error(folders / "pruned", *text, "--prompts", "")
+    assert "--prompts has an empty one" in error(folders / "pruned", *text, "--prompts", "")
     assert "is a file" in error(folders / "pruned", *text, "--json", folders / "text.txt" / "figures.json")
     assert read_report(folders / "pruned").evaluations == []
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -177,3 +177,30 @@ def test_broken_weights_are_not_called_a_perplexity(folders: Path, capsys: pytes
     model.save_pretrained(folders / "pruned")
     assert run(folders / "pruned", "--dataset", folders / "text.txt", *FAST) == 2
     assert "perplexity of the model is nan" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(folders: Path, capsys: pytest.CaptureFixture):
+    save_tiny(folders / "few", vocab_size=30)
+    assert run(folders / "few", "--dataset", folders / "text.txt", *FAST) == 2
+    assert "outside of the model's vocabulary of 30 ids" in capsys.readouterr().err
+
+
+def test_a_baseline_that_was_pruned_is_named(folders: Path, caplog: pytest.LogCaptureFixture):
+    options = ("--baseline", folders / "pruned", "--dataset", folders / "text.txt", "--num-windows", 2, *FAST)
+    assert run(folders / "pruned", *options) == 0
+    assert "has been pruned, too: it is not dense" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(("--json", "."), "must name a file"), (("--prompts", ""), "has an empty one")]
+)
+def test_what_would_fail_at_the_end_is_said_at_the_start(options, message, capsys: pytest.CaptureFixture):
+    assert run("nowhere", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_need_not_be_in_a_list(folders: Path):
+    model = AutoModelForCausalLM.from_pretrained(folders / "dense").eval()
+    text = str(folders / "text.txt")
+    found = evaluation.evaluate(model, tiny_tokenizer(), datasets=text, seqlen=64, num_windows=2, progress=False)
+    assert len(found["texts"]) == 1

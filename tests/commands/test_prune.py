@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sparse.commands.prune import PruneCommand, build_config, command_line
+from optimum_sparse.commands.prune import CLAIMED, PruneCommand, build_config, command_line
 from optimum_sparse.config import SparseConfig, preset_options
+from optimum_sparse.estimate import held_memory
 from optimum_sparse.loading import load_model
 from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import SparsityReport
@@ -342,3 +344,52 @@ def test_report_and_page_beside_the_model(dense: Path, text: Path, tmp_path: Pat
     assert report.sizes == {"dense": weights, "saved": (out / "model.safetensors").stat().st_size}
     assert sparse("prune", dense, tmp_path / "plain", "--method", "magnitude", "--no-html") == 0
     assert not (tmp_path / "plain" / "sparsity_report.html").exists()
+
+
+CALIBRATION = ("--num-samples", "2", "--seqlen", "32")
+
+
+def test_what_stands_where_weights_would_be_offloaded_is_left_alone(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folder = tmp_path / "out.offload"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    options = ("--dataset", text, *CALIBRATION)
+    assert sparse("prune", dense, tmp_path / "out", *options) == 0
+    save_tiny(tmp_path / "larger", hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    memory = ("--max-memory", held_memory(torch.device("cpu")) + 2**28)
+    assert sparse("prune", tmp_path / "larger", tmp_path / "out", *options, *memory) == 2
+    assert "out.offload is in the way of weights that are offloaded" in error_of(capsys)
+    assert [path.name for path in folder.iterdir()] == ["precious.txt"]
+    (folder / "precious.txt").rename(folder / CLAIMED)  # as a run that was killed has left it
+    assert sparse("prune", tmp_path / "larger", tmp_path / "out", *options, *memory) == 0
+    assert not folder.exists()
+
+
+def test_a_dense_model_is_not_overwritten(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_tiny(tmp_path / "other", "gpt2")
+    before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert sparse("prune", dense, tmp_path / "other", "--dataset", text, *CALIBRATION) == 2
+    assert "holds a dense model, which would be lost" in error_of(capsys)
+    assert {path: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_named(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    copy = tmp_path / "copy"
+    shutil.copytree(dense, copy)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert sparse("prune", copy, tmp_path / "out", "--method", "magnitude") == 2
+    assert "damaged, incomplete, or of another model" in error_of(capsys)
+    shutil.copy(dense / "model.safetensors", file)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    assert sparse("prune", copy, tmp_path / "out", "--method", "magnitude") == 2
+    assert "damaged, incomplete, or of another model" in error_of(capsys)
+
+
+@pytest.mark.parametrize("report", ["", "."])
+def test_a_report_is_a_file(report: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sparse("prune", dense, tmp_path / "out", "--method", "magnitude", "--report", report) == 2
+    assert "must name a file" in error_of(capsys)

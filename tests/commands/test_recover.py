@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from optimum_sparse import SparsePruner
 from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.recovery import recover as recover_module
 from optimum_sparse.report import read_report, write_report
+from tests.beyond_text import t5_model
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
 from tests.commands.cli import sparse
 from tests.recovery.pruned import assert_zeros_kept, pruned_model, zero_positions
@@ -113,12 +115,16 @@ def test_an_interrupted_run_goes_on(method, folders, monkeypatch, caplog):
 
 
 def test_checkpoints_of_another_run_are_not_used(folders, monkeypatch, capsys):
-    def interrupted(self, *args, **kwargs):
-        raise KeyboardInterrupt
+    class Interrupt(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise KeyboardInterrupt
 
-    options = ("--dataset", folders / "text.txt", *FAST)
+    options = ("--dataset", folders / "text.txt", *FAST, "--save-steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(recover_module.Trainer, "train", interrupted)
+        train = recover_module.Trainer.train
+        patch.setattr(
+            recover_module.Trainer, "train", lambda self, **kw: (self.add_callback(Interrupt), train(self, **kw))[1]
+        )
         run(folders / "pruned", folders / "out", *options)
     assert run(folders / "pruned", folders / "out", *options, "--rank", 4) == 2
     assert "holds checkpoints of another run (other rank): delete it to start anew" in capsys.readouterr().err
@@ -177,3 +183,45 @@ class TestErrors:
     def test_a_cache_without_a_teacher(self, folders, capsys):
         options = ("--dataset", folders / "text.txt", "--teacher-cache", folders / "cache")
         assert "--teacher-cache needs a teacher" in self.fails(capsys, folders / "pruned", folders / "o", *options)
+
+
+def refused(capsys, *arguments):
+    assert run(*arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_said(folders, capsys):
+    data = ("--dataset", folders / "text.txt")
+    out = folders / "out"
+    longest = AutoModelForCausalLM.from_pretrained(folders / "pruned").config.max_position_embeddings
+    too_long = ("--seqlen", longest + 1)
+    assert f"has {longest} positions: give at most that" in refused(capsys, folders / "pruned", out, *data, *too_long)
+    assert "CUDA devices" in refused(capsys, folders / "pruned", out, *data, "--device", "cuda")
+    assert "is a file" in refused(capsys, folders / "pruned", folders / "text.txt", *data)
+    model = t5_model()
+    SparsePruner(method="magnitude", progress=False).prune(model)
+    model.save_pretrained(folders / "t5")
+    tiny_tokenizer().save_pretrained(folders / "t5")
+    assert "predicts the next token, got T5" in refused(capsys, folders / "t5", out, *data)
+    assert not out.exists()
+
+
+def test_the_teacher_must_read_the_same_tokens(folders, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["a token more"])
+    tokenizer.save_pretrained(folders / "dense")
+    options = ("--dataset", folders / "text.txt", "--distill", folders / "dense", *FAST)
+    assert "the teacher have other tokenizers" in refused(capsys, folders / "pruned", folders / "out", *options)
+
+
+def test_a_run_that_never_trained_is_no_obstacle(folders, monkeypatch):
+    data = ("--dataset", folders / "text.txt", *FAST)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(recover_module, "mean_loss", fail)
+        run(folders / "pruned", folders / "out", *data)
+    assert (folders / "out" / "recovery-checkpoints" / "run.json").is_file()
+    assert run(folders / "pruned", folders / "out", *data, "--rank", 8) == 0
