@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ ALLOCATIONS = ("owl", "dlp", "error", "loss")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "admm", "iterations": 8},
-    "balanced": {"method": "admm", "iterations": 12, "allocation": "loss"},
+    "balanced": {"method": "admm", "iterations": 10, "allocation": "loss"},
     "best": {"method": "admm", "iterations": 24, "allocation": "loss", "error_correction": 0.5, "reconstruct": 3},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
@@ -82,7 +83,8 @@ class SparseConfig:
     )
     ignore: tuple[str, ...] = _option(
         ("lm_head",),
-        "name patterns of modules left dense; 'lm_head' also stands for the output embeddings of any name",
+        "name patterns of modules left dense, in place of the default; 'lm_head' also stands for the output "
+        "embeddings of any name",
     )
     overrides: tuple[dict[str, Any], ...] = _option(
         (),
@@ -185,7 +187,7 @@ class SparseConfig:
         self._check_quantization()
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
-        _check_dataset(self.dataset)
+        object.__setattr__(self, "dataset", _dataset(self.dataset))
         object.__setattr__(
             self, "sparsity", resolve_sparsity(self.sparsity, self.pattern, self.allocation is not None)
         )
@@ -280,6 +282,7 @@ class SparseConfig:
 
         Raises:
             ValueError: A key is no field, or there is no such preset; the message names the closest one.
+            TypeError: `options` is no mapping, or a value is of another type than its option.
         """
         if not isinstance(options, Mapping):
             raise TypeError(f"A configuration must be a mapping of field names to values, got {options!r}.")
@@ -385,7 +388,8 @@ def _closest(word: Any, choices: Any) -> str:
     return f": did you mean {near[0]!r}?" if near else "."
 
 
-def _check_dataset(dataset: Any) -> None:
+def _dataset(dataset: Any) -> str | list[str]:
+    dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
     texts = [dataset] if isinstance(dataset, str) else dataset
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise TypeError(
@@ -394,6 +398,7 @@ def _check_dataset(dataset: Any) -> None:
         )
     if not texts or not any(text.strip() for text in texts):
         raise ValueError("dataset is empty: give a name, a path or at least one text.")
+    return dataset if isinstance(dataset, str) else list(texts)
 
 
 def _sequence(name: str, value: Any) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Options: defaults, ranges, errors that help, and the JSON round trip."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,12 @@ def test_error_correction(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         SparseConfig(**options)
     assert SparseConfig(error_correction=0.5).true_sequential is False
+
+
+def test_a_path_is_a_dataset():
+    assert SparseConfig(dataset=Path("texts") / "mine.txt").dataset == str(Path("texts") / "mine.txt")
+
+
+def test_texts_in_a_tuple_round_trip():
+    config = SparseConfig(dataset=("one", "two"))
+    assert SparseConfig.from_dict(config.to_dict()) == config

@@ -47,12 +47,15 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, help="draw the calibration windows with this seed (default: the first ones)"
     )
+    parser.add_argument(
+        "--samples", type=int, default=CALIBRATION_WINDOWS, help="windows to calibrate on (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     options = {name: json.loads(value) for name, value in (option.split("=", 1) for option in args.option)}
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(smollm2(), args.dtype)
-    windows = calibration(args.data, tokenizer, args.seed)
+    windows = calibration(args.data, tokenizer, args.samples, args.seed)
     texts = evaluation_texts(args.data, tokenizer)
     print_header(texts)
     rows: dict[str, dict[str, Any]] = {"dense": {}}
@@ -71,13 +74,14 @@ def main() -> None:
     write_json(args.json, {"machine": machine(args.threads), "settings": settings, "rows": results})
 
 
-def calibration(data: Path, tokenizer: Any, seed: int | None) -> torch.Tensor:
+def calibration(data: Path, tokenizer: Any, number: int, seed: int | None) -> torch.Tensor:
     """The first windows of WikiText-2 raw validation, or some that a seed draws, `[windows, SEQLEN]`."""
+    first = calibration_windows(data, tokenizer, number)
     if seed is None:
-        return calibration_windows(data, tokenizer, CALIBRATION_WINDOWS)
+        return first
     tokens = wikitext_tokens(wikitext(data, "valid"), tokenizer)
     every = tokens[: len(tokens) // SEQLEN * SEQLEN].view(-1, SEQLEN)
-    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_WINDOWS]]
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:number]]
 
 
 def evaluation_texts(data: Path, tokenizer: Any) -> dict[str, torch.Tensor]:
