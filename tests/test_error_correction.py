@@ -263,6 +263,7 @@ def test_a_single_batch_judges_the_correction(monkeypatch: pytest.MonkeyPatch):
     model, plain = tiny_model(), tiny_model()
     pruner = SparsePruner(method="sparsegpt", error_correction=0.5, progress=False)
     pruner.prune(model, dataset=tiny_batches(1))
+    assert len(pruner.report.correction) == 2
     assert all(found["correction"] == 0 < found["before"] for found in pruner.report.correction.values())
     SparsePruner(method="sparsegpt", true_sequential=False, progress=False).prune(plain, dataset=tiny_batches(1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

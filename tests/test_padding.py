@@ -400,14 +400,17 @@ def test_padded_batches_with_labels(build, seen):
 )
 def test_what_stands_in_padding_makes_no_difference(options):
     """Neither blocks nor corrections are judged by it."""
-    models = []
+    models, judged = [], []
     for filler in (0, 77):
         batches = [padded(texts((24, 9, 17), seed)) for seed in range(4)]
         for batch in batches:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, filler)
         model = sweep_model("llama")
-        SparsePruner(sparsity=0.5, progress=False, **options).prune(model, dataset=batches)
+        pruner = SparsePruner(sparsity=0.5, progress=False, **options)
+        pruner.prune(model, dataset=batches)
         models.append(model.state_dict())
+        judged.append([pruner.report.correction, pruner.report.reconstruction])
+    assert judged[0] == judged[1] and any(judged[0])
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 

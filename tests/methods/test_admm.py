@@ -135,6 +135,13 @@ def test_as_many_iterations_as_asked_for_and_no_more_rows_at_once(monkeypatch, i
     torch.testing.assert_close(found.weight, whole.weight, rtol=1e-4, atol=1e-5)
 
 
+def test_pruned_weights_are_plain_zeros():
+    """Not -0, which a packed matrix would have to store."""
+    solution = solve("admm", random(24, 64, seed=0), correlated(400, 64, 0), Unstructured(0.5))
+    assert not solution.weight[~solution.mask].signbit().any()
+    assert solution.weight[solution.mask].all()
+
+
 def test_residual():
     weight, inputs = random(24, 64, seed=0), correlated(400, 64, seed=0)
     assert solve("admm", weight, inputs, Unstructured(0.0)).residual == 0
