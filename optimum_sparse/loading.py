@@ -67,6 +67,7 @@ def load_model(
         ConnectionError: The model is not in the local cache and the Hub cannot be reached.
         ValueError: The checkpoint is quantised, is an adapter, lacks weights, or is damaged.
     """
+    import torch
     from safetensors import SafetensorError
 
     path = local_path(source)
@@ -93,6 +94,8 @@ def load_model(
                 offload_folder=offload_folder,
                 quantization_config=quantization_config,
             )
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"The files of {name} do not make the model that its config.json describes ({error}): they are "
