@@ -134,7 +134,7 @@ def test_a_checkpoint_without_zeros_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="No matrix gets smaller"):
         pack_folder(tmp_path / "dense", tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_reserved_names_are_refused(tmp_path):
