@@ -133,10 +133,11 @@ class SparsePruner:
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
         before = getattr(getattr(model, "config", None), "sparsity_config", None)
+        before = before if isinstance(before, dict) and "achieved_sparsity" in before else None  # ours
         if before is not None:
+            how = f"by {before['method']}, to {before['achieved_sparsity']:.2%} zeros"
             report.notes.append(
-                f"the model had been pruned before (by {before.get('method')}, {before.get('achieved_sparsity'):.2%} "
-                "zeros): its zeros count, and errors are relative to it"
+                f"the model had been pruned before ({how}): its zeros count, and errors are relative to it"
             )
         started = time.perf_counter()
         processes = Processes()

@@ -209,7 +209,15 @@ def test_a_model_that_had_been_pruned_keeps_its_origin():
     report = pruned(model, sparsity=0.3).report
     assert model.config.sparsity_config["base_model"] == report.model == "where/it/comes-from"
     (note,) = (note for note in report.notes if "pruned before" in note)
-    assert "by admm, 50.00% zeros" in note
+    assert "by admm, to 50.00% zeros" in note
+
+
+@pytest.mark.parametrize("record", [{"format": "sparse-bitmask"}, "2:4"], ids=str)
+def test_records_of_others_say_nothing(record):
+    model = tiny_model()
+    model.config.sparsity_config = record
+    assert not any("before" in note for note in pruned(model).report.notes)
+    assert model.config.sparsity_config["achieved_sparsity"] == 0.5
 
 
 def test_a_pruned_model_can_be_pruned_again():
