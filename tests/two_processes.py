@@ -95,8 +95,7 @@ def main(folder: Path) -> None:
         sums.clear()
         model = build()
         pruner = SparsePruner(progress=name == SHOWN, block_size=16, **options)
-        # Adapters of repeated blocks have few rows as well, whose products in fp32 are the same in both.
-        with fp32_steps() if inexact(name) or "repeated" in name else nullcontext():
+        with fp32_steps() if inexact(name) else nullcontext():
             pruner.prune(model, dataset=batches_for(model))
         assert pruner.report is not None
         weights = {key: value.clone() for key, value in model.state_dict().items()}

@@ -69,6 +69,30 @@ def check_file(name: str | Path | None, option: str) -> None:
         check_writable(Path(name).absolute().parent)
 
 
+def check_output(output: Path, source: Path | None, name: str) -> None:
+    """See that a model can be saved in a folder, and that none is lost there but one that was pruned.
+
+    Args:
+        output: The folder, OUT.
+        source: Where the model is that is to be changed, unless it is on the Hub.
+        name: What that is called.
+
+    Raises:
+        ValueError: `output` is a file or `source`, or holds a dense model.
+        OSError: Nothing can be written there.
+    """
+    from ..loading import read_json
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
+    if source is not None and output.exists() and output.samefile(source):
+        raise ValueError(f"OUT is {name} ({output}): give another folder, it is not overwritten.")
+    file = output / "config.json"
+    if file.is_file() and "sparsity_config" not in read_json(file):
+        raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
+    check_writable(output)
+
+
 def check_writable(folder: Path) -> None:
     """Raise an `OSError` unless files can be written in `folder`, or in the folder where it would be created."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

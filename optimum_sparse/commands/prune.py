@@ -21,7 +21,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import PRESETS, SparseConfig, preset_options
 from ..loading import class_to_load, load_model, local_path, model_without_weights, read_json
-from . import DTYPES, check_file, check_writable, device_called, user_errors
+from . import DTYPES, check_file, check_output, device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def prune(args: Namespace) -> None:
     """
     config = build_config(args)
     output = Path(args.output)
-    _check_output(output, local_path(args.model))
+    check_output(output, local_path(args.model), "MODEL")
     check_file(args.report, "--report")
     if args.push_to_hub:
         _check_hub_access(args.push_to_hub)
@@ -147,10 +147,10 @@ def prune(args: Namespace) -> None:
     device_map = None if limit is None else _device_map(args, config, device, limit)
     if device_map:
         _claim(offload)
-    model, tokenizer = load_model(args.model, args.dtype, device_map, offload)
     pruner = SparsePruner(config)
     progress = output.with_name(f"{output.name}.progress") if args.resume else None
     try:
+        model, tokenizer = load_model(args.model, args.dtype, device_map, offload)
         pruner.prune(
             model if device_map else model.to(device),
             tokenizer,
@@ -316,17 +316,6 @@ def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return " ".join(default) or "none"
     return str(default)
-
-
-def _check_output(output: Path, source: Path | None) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
-    if source is not None and output.exists() and output.samefile(source):
-        raise ValueError(f"OUT is MODEL ({output}): give another folder, the dense model is not overwritten.")
-    file = output / "config.json"
-    if file.is_file() and "sparsity_config" not in read_json(file):
-        raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
-    check_writable(output)
 
 
 def _check_hub_access(repo_id: str) -> None:

@@ -11,7 +11,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import DTYPES, check_writable, device_called, user_errors
+from . import DTYPES, check_output, device_called, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -86,8 +86,7 @@ def recover_from(args: Namespace) -> None:
         **{field.name: getattr(args, field.name) for field in fields(RecoveryConfig) if hasattr(args, field.name)}
     )
     output, source = Path(args.output), local_path(args.model)
-    if source is not None and output.exists() and output.samefile(source):
-        raise ValueError(f"OUT is DIR ({output}): give another folder, the pruned model is not overwritten.")
+    check_output(output, source, "DIR")
     if args.teacher_cache and not args.distill:
         raise ValueError("--teacher-cache needs a teacher: give --distill TEACHER.")
 
@@ -97,9 +96,6 @@ def recover_from(args: Namespace) -> None:
     from ..report import PAGE_FILE, read_report, weight_bytes, write_report
 
     device_called(args.device)  # it is there
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
-    check_writable(output)
     report = None if source is None else read_report(source)
     model, tokenizer = load_model(args.model, args.dtype)
     if tokenizer is None:

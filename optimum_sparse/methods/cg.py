@@ -70,14 +70,14 @@ def _steps(residual: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, dampi
     """
     solution = torch.zeros_like(residual)
     direction = residual.clone()
-    squared = _squared_norms(residual)
+    squared = residual.square().sum(dim=1, keepdim=True)
     for _ in range(steps):
         image = _times(direction, gram).add_(direction, alpha=damping).mul_(mask)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         length = torch.where(curvature > 0, squared / curvature, 0)
         solution.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        squared, previous = _squared_norms(residual), squared
+        squared, previous = residual.square().sum(dim=1, keepdim=True), squared
         direction.mul_(torch.where(previous > 0, squared / previous, 0)).add_(residual)
     return solution
 
@@ -85,7 +85,3 @@ def _steps(residual: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, dampi
 def _times(rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Their product in the dtype of the Gram matrix, as fp32."""
     return (rows.to(gram.dtype) @ gram).float()
-
-
-def _squared_norms(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()

@@ -198,6 +198,7 @@ def test_what_cannot_be_trained_is_said(folders, capsys):
     assert f"has {longest} positions: give at most that" in refused(capsys, folders / "pruned", out, *data, *too_long)
     assert "CUDA devices" in refused(capsys, folders / "pruned", out, *data, "--device", "cuda")
     assert "is a file" in refused(capsys, folders / "pruned", folders / "text.txt", *data)
+    assert "holds a dense model" in refused(capsys, folders / "pruned", folders / "dense", *data)
     model = t5_model()
     SparsePruner(method="magnitude", progress=False).prune(model)
     model.save_pretrained(folders / "t5")
