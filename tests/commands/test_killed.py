@@ -13,7 +13,7 @@ KILLS = 10
 
 # Runs the command in children that are forked when everything is imported, so that little else is there to be killed.
 DRIVER = """
-import os, random, signal, sys, time
+import faulthandler, os, random, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -24,14 +24,19 @@ from optimum_sparse.pruner import SparsePruner
 from tests.commands.cli import sparse
 
 source, out, kills, *options = sys.argv[1:]
-out, progress, generator = Path(out), Path(f"{out}.progress"), random.Random(0)
+out, progress, log, generator = Path(out), Path(f"{out}.progress"), Path(f"{out}.log"), random.Random(0)
+killed = with_progress = 0
 
 def start(resumed):
     child = os.fork()
     if child == 0:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = sys.stdout = log.open("w", buffering=1)
+        faulthandler.enable(sys.stderr)
         os._exit(sparse("prune", source, resumed, "--resume", *options))
     return child
+
+def check_success(status):
+    assert status == 0, f"status {status} after {killed} kills: {log.read_text()}"
 
 def check_complete():
     # Whatever can be seen under its name can be read to its end.
@@ -41,22 +46,25 @@ def check_complete():
                 tensors.get_tensor(name).sum()
 
 started = time.perf_counter()
-assert os.waitpid(start(f"{out}-undisturbed"), 0)[1] == 0
+check_success(os.waitpid(start(f"{out}-undisturbed"), 0)[1])
 duration = time.perf_counter() - started
 
-killed = with_progress = 0
 child = start(out)
 while killed < int(kills):
     time.sleep(generator.uniform(0, duration))
-    if os.waitpid(child, os.WNOHANG) == (0, 0):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        check_success(status)
+    else:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         killed += 1
         with_progress += any(progress.glob("*.safetensors"))
         check_complete()
     child = start(out)
-assert os.waitpid(child, 0)[1] == 0
+check_success(os.waitpid(child, 0)[1])
 check_complete()
+log.unlink()
 print(killed, with_progress)
 """
 
