@@ -14,7 +14,7 @@ from torch import nn
 from .config import SparseConfig
 from .distributed import Processes
 from .experts import Experts
-from .forwards import Arguments, Forwards, OnUse
+from .forwards import Forwards, OnUse
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix
 from .offload import Residency
@@ -22,7 +22,7 @@ from .reconstruction import HELD_OUT, reconstruct, relative_error
 from .report import SparsityReport
 from .solver import Group, Solved, Solver
 from .stages import Stages
-from .uses import Use, View
+from .uses import Arguments, Use, View, at_entries
 
 
 class Blocks:
@@ -92,7 +92,7 @@ class Blocks:
                 def pair(batch: int, use: Use, dense: Mapping[View, torch.Tensor] = dense) -> None:
                     on_use(batch, use if batch in held_out else self._stages.paired(batch, use, dense.get(use.view)))
 
-                with self._forwards.at_entries(notes):
+                with at_entries(self._forwards.model, notes):
                     output = self._forwards.run_parked(lockstep, module, call, pair)
                 if self._config.reconstruct and isinstance(output, torch.Tensor):
                     part = 0.0 if target is None else self._config.error_correction or 0.0

@@ -18,12 +18,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .calibration import BATCH_TOKENS_ACCELERATOR, BATCH_TOKENS_CPU, DEFAULT_SEQLEN
 from .calibration.interface import is_encoder_decoder, longest_input
 from .config import SparseConfig
-from .estimate import available_memory
+from .estimate import (
+    available_memory,
+    collects_grams,
+    gram_flops,
+    linear_flops,
+    num_forwards,
+    solve_flops,
+    training_forwards,
+)
 from .matrices import find_blocks, find_matrices, find_weights
-from .methods import admm, statistics_for
+from .methods import admm
 from .plan import Footprint, GroupShape, Plan, Workload, make_plan, measure
-from .sensitivity import allocation_forwards
-from .statistics import GramStatistics
 from .trace import trace
 from .uses import Watched
 
@@ -236,28 +242,19 @@ def phases(model: Outline, config: SparseConfig, offloaded: bool, machine: Rates
     """
     seqlen = window_length(model, config)
     tokens = config.num_samples * seqlen
-    linear = sum(2 * g.in_features * g.rows * g.share for g in model.groups) * tokens
     attention = 2 * len(model.blocks) * seqlen * model.hidden * tokens
-    forwards: float = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
-    forwards += allocation_forwards(config.allocation, tokens)
-    found = {"forward": forwards * (linear + attention) / machine.half}
-    kind = statistics_for(config)
-    if kind is not None and issubclass(kind, GramStatistics):
-        # Half of the Gram matrix, and all of the deviation from the dense model.
-        halves = 3 if config.error_correction else 1
-        products = halves * sum(g.in_features**2 * g.share for g in model.groups) * tokens
-        found["statistics"] = products / (machine.single if machine.is_cpu else machine.half)
+    forward = (linear_flops(model.groups, tokens) + attention) / machine.half
+    found = {"forward": num_forwards(config, tokens) * forward}
+    if collects_grams(config):
+        sums = gram_flops(model.groups, tokens, config)
+        found["statistics"] = sums / (machine.single if machine.is_cpu else machine.half)
         cubes, iterates = sum(g.in_features**3 for g in model.groups), config.method == "admm"
         # One factorisation in double precision; or one inverse, and a product for each penalty but the first.
         squares = 2 * (admm.LEVELS - 1) * cubes / max(machine.single, machine.half)
         found["factors"] = cubes / machine.single + squares if iterates else cubes / 3 / machine.double
-        updates = sum(g.in_features**2 * g.rows for g in model.groups)
-        # Updates and two sums of errors; an iteration takes 2 more, a refinement about 40.
-        rounds = 3 + 2 * (config.iterations + admm.POLISH) * iterates + 40 * (config.refine is not None)
-        found["solve"] = rounds * updates / machine.single
+        found["solve"] = solve_flops(model.groups, config) / machine.single
     if config.reconstruct:
-        # A step of training costs three forwards.
-        found["reconstruction"] = 3 * config.reconstruct * (linear + attention) / machine.half
+        found["reconstruction"] = training_forwards(config) * forward
     if offloaded:
         # The probe, the forward that is measured and the run read everything once; to allocate, a forward and a look
         # at the weights do.

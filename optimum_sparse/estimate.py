@@ -27,22 +27,49 @@ def run_seconds(groups: Sequence[GroupShape], tokens: int, forward: float, confi
         forward: Seconds that one forward of all of them takes.
         config: The method and how it runs.
     """
-    seconds = 2 * forward if config.true_sequential is False else forward
-    seconds *= 2 if config.error_correction else 1
-    seconds += forward * allocation_forwards(config.allocation, tokens)
-    # A step of training costs three forwards.
-    seconds += 3 * forward * (config.reconstruct or 0)
+    forwards = num_forwards(config, tokens) + training_forwards(config)
+    if collects_grams(config):
+        # Sums are in fp32, at about half the speed of a forward.
+        products = 2 * gram_flops(groups, tokens, config) + solve_flops(groups, config)
+        forwards += products / max(linear_flops(groups, tokens), 1)
+    return forward * forwards
+
+
+def num_forwards(config: SparseConfig, tokens: int) -> float:
+    """How many forwards of all tokens a run takes, but for training."""
+    runs = (2 if config.true_sequential is False else 1) * (2 if config.error_correction else 1)
+    return runs + allocation_forwards(config.allocation, tokens)
+
+
+def training_forwards(config: SparseConfig) -> int:
+    """How many forwards training takes as long as; a step is three."""
+    return 3 * (config.reconstruct or 0)
+
+
+def collects_grams(config: SparseConfig) -> bool:
+    """Whether Gram matrices are summed up, and solved with."""
     kind = statistics_for(config)
-    if kind is not None and issubclass(kind, GramStatistics):
-        forward_flops = sum(2 * g.in_features * g.rows * g.share for g in groups) * tokens
-        # Half of the Gram matrix in fp32, all of the deviation; error and sweep together take about 6 d^2 operations
-        # per output, each iteration 2, and a refinement about 40.
-        collect = 6 if config.error_correction else 2
-        iterations = config.iterations + admm.POLISH if config.method == "admm" else 0
-        solve = 6 + 2 * iterations + 40 * (config.refine is not None)
-        extra_flops = sum(g.in_features**2 * (collect * tokens * g.share + solve * g.rows) for g in groups)
-        seconds += forward * extra_flops / max(forward_flops, 1)
-    return seconds
+    return kind is not None and issubclass(kind, GramStatistics)
+
+
+def linear_flops(groups: Sequence[GroupShape], tokens: int) -> float:
+    """Operations of the matrices that are pruned, in a forward."""
+    return sum(2 * g.in_features * g.rows * g.share for g in groups) * tokens
+
+
+def gram_flops(groups: Sequence[GroupShape], tokens: int, config: SparseConfig) -> float:
+    """Operations of the sums: half of a Gram matrix, and all of the deviation from the dense model."""
+    return (3 if config.error_correction else 1) * sum(g.in_features**2 * g.share for g in groups) * tokens
+
+
+def solve_flops(groups: Sequence[GroupShape], config: SparseConfig) -> float:
+    """Operations of updates, besides those on the Gram matrix alone.
+
+    For an output of width d, the update and two sums of errors take about 3 d^2, an iteration 2, a refinement 40.
+    """
+    iterations = config.iterations + admm.POLISH if config.method == "admm" else 0
+    rounds = 3 + 2 * iterations + 40 * (config.refine is not None)
+    return rounds * sum(g.in_features**2 * g.rows for g in groups)
 
 
 def parse_size(size: int | str) -> int:

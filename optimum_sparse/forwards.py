@@ -21,10 +21,8 @@ from .padding import Padding
 from .reconstruction import hidden_states
 from .spill import Activations
 from .trace import Stop
-from .uses import Use, Watched, WeightUses
+from .uses import Use, Watched, WeightUses, at_entries
 
-# The arguments of a module's call.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Called with the index of a batch and a use in its forward.
 OnUse = Callable[[int, Use], None]
 
@@ -153,25 +151,8 @@ class Forwards:
             forward, len(self.batches), stops, self.activations.away, self._processes.least, self.num_twins
         )
         entered = {name: partial(lockstep.park, name) for name in stops if isinstance(name, str)}
-        with self._residency.forwards(len(self.batches)), self.at_entries(entered), lockstep:
+        with self._residency.forwards(len(self.batches)), at_entries(self.model, entered), lockstep:
             yield lockstep
-
-    @contextmanager
-    def at_entries(self, entered: Mapping[str, Callable[[Arguments], Any]]) -> Iterator[None]:
-        """Call a function with the arguments whenever the module of its name is entered."""
-
-        def enter(function: Callable[[Arguments], Any], _: nn.Module, *arguments: Any) -> None:
-            function(arguments)  # what a hook returns would become the new arguments
-
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(partial(enter, function), with_kwargs=True)
-            for name, function in entered.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def run_parked(self, lockstep: Lockstep, module: nn.Module, call: Call, on_use: OnUse | None = None) -> Any:
         """What a module puts out for a batch that is parked at its entry."""

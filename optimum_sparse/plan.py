@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from .matrices import PrunableMatrix
 from .methods import METHODS, statistics_for, workspace
 from .precision import sum_dtype
 from .spill import Activations
-from .uses import Use, Watched, WeightUses
+from .uses import Arguments, Use, Watched, WeightUses, at_entries
 
 # What a forward, an allocator and a file system take besides what is counted.
 MARGIN = 1.1
@@ -286,7 +285,7 @@ def measure(
     waiting = entering = running = so_far = 0
     received: dict[str, Counter[int]] = defaultdict(Counter)
 
-    def entered() -> None:
+    def entered(_: Arguments) -> None:
         nonlocal entering
         entering = max(entering, activations.held(0))
 
@@ -300,19 +299,13 @@ def measure(
         running = so_far  # what comes after the last product, such as a loss, is not part of a run
         received[use.view.parameter][use.view.part] += use.inputs.shape[:-1].numel()
 
-    with _at_entries(model, blocks, entered), WeightUses(watched, used, called), activations.computing(0):
+    with (
+        at_entries(model, dict.fromkeys(blocks, entered)),
+        WeightUses(watched, used, called),
+        activations.computing(0),
+    ):
         output = forward(batch)
     logits = getattr(output, "logits", None)
     num_logits = logits.numel() if isinstance(logits, torch.Tensor) else 0
     shares = {name: parts.total() / len(parts) / tokens for name, parts in received.items()}
     return Footprint(waiting / tokens, entering / tokens, running / tokens, shares, num_logits / tokens)
-
-
-@contextmanager
-def _at_entries(model: nn.Module, names: Collection[str], call: Callable[[], None]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_: call()) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

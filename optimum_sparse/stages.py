@@ -13,7 +13,7 @@ from .config import SparseConfig
 from .distributed import Processes
 from .estimate import free_memory, held_memory, num_tokens
 from .experts import Experts, Routed
-from .forwards import Arguments, Forwards, OnUse
+from .forwards import Forwards, OnUse
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix
 from .precision import sum_dtype
@@ -21,7 +21,7 @@ from .report import SparsityReport
 from .solver import Clock, Group, Solved, Solver
 from .statistics import PairedStatistics, Statistics
 from .trace import Stop
-from .uses import Use, View
+from .uses import Arguments, Use, View
 
 # The statistics that are collected in one pass take at most this share of the memory that is free.
 MEMORY_SHARE = 0.5

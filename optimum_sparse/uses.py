@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+# The arguments of a module's call.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class View(NamedTuple):
@@ -140,6 +145,24 @@ class WeightUses(TorchFunctionMode):
                 view = _view_of(weight, name, self._watched[name])
                 if view is not None:
                     yield Use(view, rows, together)
+
+
+@contextmanager
+def at_entries(model: nn.Module, entered: Mapping[str, Callable[[Arguments], Any]]) -> Iterator[None]:
+    """In the body, call a function with the arguments whenever the module of its name is entered."""
+
+    def enter(function: Callable[[Arguments], Any], _: nn.Module, *arguments: Any) -> None:
+        function(arguments)  # what a hook returns would become the new arguments
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(enter, function), with_kwargs=True)
+        for name, function in entered.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -41,30 +41,60 @@ def solve(
     dead = statistics.squared_norms == 0
     dead &= ~dead.all()  # with no live input there is nothing to prefer, and the largest weights are kept
     target = weight.T.masked_fill(dead[:, None], 0).contiguous()
-    pruned, errors = (
-        torch.empty_like(target),
-        target,
-    )  # a block of the target is needed only until its errors are known
     mask = torch.empty_like(target, dtype=torch.bool)
     rounding = joint_rounding(weight, config)
-    for start, stop in _blocks(target.shape[0], config.block_size, pattern):
+
+    def select(columns: torch.Tensor, inverse: torch.Tensor, block: slice) -> torch.Tensor | None:
+        if isinstance(pattern, NM):
+            return None
+        return _select(columns / inverse.diagonal()[:, None], pattern, rows, block.start, block.stop)
+
+    pruned = sweep(target, mask, factor, pattern, config.block_size, select, rounding)
+    # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
+    grid = None if rounding is None else rounding.grid
+    unmoved = weight if grid is None else grid.round(weight)
+    torch.where(mask & dead[:, None], unmoved.T, pruned, out=pruned)
+    del target, unmoved  # make room for the copies
+    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping, grid=grid)
+
+
+def sweep(
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    factor: torch.Tensor,
+    pattern: Pattern,
+    block_size: int,
+    select: Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor | None],
+    rounding: Rounding | None = None,
+) -> torch.Tensor:
+    """Prune all columns from left to right, with a mask that is chosen on the way.
+
+    Args:
+        target: `[columns, rows]` fp32 weights, transposed; overwritten.
+        mask: `[columns, rows]` bool, true where a weight is kept; filled in.
+        factor: `[columns, columns]` U.
+        pattern: The pattern.
+        block_size: Columns of a block.
+        select: Called with a block of columns as they have become, R_bb, and which block it is: gives its part of the
+            mask, or `None` for that to be chosen per N:M group when the sweep gets there.
+        rounding: Rounds what is kept, so that the columns behind make up for that, too.
+
+    Returns:
+        `[columns, rows]`, what has become of the weights.
+    """
+    # A block of the target is needed only until its errors are known.
+    pruned, errors = torch.empty_like(target), target
+    for start, stop in _blocks(len(target), block_size, pattern):
         block = slice(start, stop)
         eye = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
         received = factor[:start, block].T @ errors[:start]
         columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
         with one_thread():
-            keep = None
-            if isinstance(pattern, Unstructured):
-                keep = _select(columns / inverse.diagonal()[:, None], pattern, rows, start, stop)
-            mask[block] = _sweep(columns, inverse, keep, pattern, rounding, start)
+            keep = select(columns, inverse, block)
+            mask[block] = _sweep_block(columns, inverse, keep, pattern, rounding, start)
         torch.sub(target[block], columns, out=errors[block])
-    # Weights of inputs that were always zero go first. Those that are kept all the same stay as they were.
-    grid = None if rounding is None else rounding.grid
-    unmoved = weight if grid is None else grid.round(weight)
-    torch.where(mask & dead[:, None], unmoved.T, pruned, out=pruned)
-    del target, errors, unmoved  # make room for the copies
-    return Solution(pruned.T.contiguous(), mask.T.contiguous(), damping, grid=grid)
+    return pruned
 
 
 def _blocks(in_features: int, block_size: int, pattern: Pattern) -> list[tuple[int, int]]:
@@ -96,7 +126,7 @@ def _select(
     return by_matrix(saliency.abs().T, rows, keep).T
 
 
-def _sweep(
+def _sweep_block(
     columns: torch.Tensor,
     inverse: torch.Tensor,
     keep: torch.Tensor | None,

@@ -13,8 +13,7 @@ from ..statistics import GramStatistics
 from . import magnitude, wanda
 from .hessian import reversed_cholesky
 from .solution import Solution
-from .sparsegpt import _blocks, _sweep
-from .threads import one_thread
+from .sparsegpt import sweep
 
 
 def solve_wanda(
@@ -67,19 +66,9 @@ def update(
     """
     factor, damping = reversed_cholesky(statistics, config.dampening_frac)
     target, keep = weight.T.contiguous(), mask.T.contiguous()
-    pruned, errors = (
-        torch.empty_like(target),
-        target,
-    )  # a block of the target is needed only until its errors are known
-    for start, stop in _blocks(target.shape[0], config.block_size, pattern):
-        block = slice(start, stop)
-        eye = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor[block, block], eye, upper=True)
-        received = factor[:start, block].T @ errors[:start]
-        columns = torch.addmm(target[block], inverse.T, received, out=pruned[block])
-        with one_thread():
-            _sweep(columns, inverse, keep[block], pattern, rounding, start)
-        torch.sub(target[block], columns, out=errors[block])
-    del target, errors  # make room for the copy
+    pruned = sweep(
+        target, keep, factor, pattern, config.block_size, lambda columns, inverse, block: keep[block], rounding
+    )
+    del target  # make room for the copy
     grid = None if rounding is None else rounding.grid
     return Solution(pruned.T.contiguous(), mask, damping, grid=grid)
