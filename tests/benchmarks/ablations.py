@@ -15,13 +15,12 @@ Perplexity over the first windows of WikiText-2 raw test and, if the folder has 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import torch
-from common import SEQLEN, arguments, calibration_windows, machine, smollm2, write_json
+from common import SEQLEN, add_only, arguments, calibration_windows, machine, select, smollm2, write_json
 from parity import CALIBRATION_WINDOWS, EVALUATION_WINDOWS
 from quality import evaluation_texts, measure, print_header
 
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS, help="what is varied")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of each text")
-    parser.add_argument("--only", metavar="NAME", default="*", help="rows whose names are like 'admm *'")
+    add_only(parser)
     parser.add_argument("--dtype", default="bfloat16", help="of the model; float32 where bfloat16 is slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -53,7 +52,7 @@ def main() -> None:
     others = None
     if "c4" in texts:
         others, texts["c4"] = texts["c4"][: C4_WINDOWS * SEQLEN].view(-1, SEQLEN), texts["c4"][C4_WINDOWS * SEQLEN :]
-    rows = {
+    made = {
         "metric": lambda: metric(windows),
         "samples": lambda: samples(windows if others is None else others),
         "damping": lambda: damping(windows),
@@ -64,15 +63,14 @@ def main() -> None:
         "allocation": lambda: allocation(windows),
         "quantization": lambda: quantization(windows),
     }[args.kind]()
+    rows = {name: (options, text) for name, options, text in made}
+    chosen = select(rows, args.only)
     print_header(texts)
     results = [measure("dense", {}, model, windows, texts, args.evaluation_windows)]
-    for name, options, text in rows:
-        if not fnmatch.fnmatch(name, args.only):
-            continue
+    for name in chosen:
+        options, text = rows[name]
         options = {"sparsity": args.sparsity, **options}
         results.append(measure(name, options, model, text, texts, args.evaluation_windows))
-    if len(results) == 1:
-        raise SystemExit(f"No row of {args.kind} is like {args.only!r}: see which there are without --only.")
     settings = {"evaluation_windows": args.evaluation_windows, "seqlen": SEQLEN, "dtype": args.dtype}
     found = {"machine": machine(args.threads), "settings": settings, "ablation": args.kind, "rows": results}
     write_json(args.json, found)

@@ -6,11 +6,13 @@ Nothing but the standard library is imported at module level: the baseline's env
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.util
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="threads of every process (default: 2)")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     return parser
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that chooses rows, for `select`."""
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a row, or a pattern like 'wanda *'; repeatable"
+    )
+
+
+def select(rows: Iterable[str], patterns: list[str] | None) -> list[str]:
+    """The rows that match one of the patterns; all without patterns."""
+    rows = list(rows)
+    chosen = [row for row in rows if not patterns or any(fnmatch.fnmatch(row, pattern) for pattern in patterns)]
+    if not chosen:
+        raise SystemExit(f"No row matches {patterns}; there are: {', '.join(rows)}.")
+    return chosen
 
 
 def smollm2() -> str:

@@ -7,7 +7,6 @@ perplexity over the first 20 of test. Ends with status 1 if a figure is out of i
 from __future__ import annotations
 
 import copy
-import fnmatch
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from common import SEQLEN, arguments, calibration_windows, machine, smollm2, wikitext, write_json
+from common import SEQLEN, add_only, arguments, calibration_windows, machine, select, smollm2, wikitext, write_json
 
 from optimum_sparse import SparseConfig, SparsePruner
 from optimum_sparse.evaluation import perplexity, wikitext_tokens
@@ -81,14 +80,13 @@ ROWS = _rows()
 def main() -> None:
     """Measure the rows asked for, print them as they come, write JSON."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a row, or a pattern like 'wanda*'; repeatable"
-    )
+    add_only(parser)
     parser.add_argument(
         "--skip", type=int, default=0, metavar="N", help="calibrate on the 16 windows after the first N (default: 0)"
     )
     args = parser.parse_args()
-    rows = select(args.only)
+    named = {row.name: row for row in ROWS}
+    rows = [named[name] for name in select(named, args.only)]
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(smollm2())
     windows = calibration_windows(args.data, tokenizer, args.skip + CALIBRATION_WINDOWS)[args.skip :]
@@ -107,14 +105,6 @@ def main() -> None:
     failures = [result["name"] for result in results if not result["within"]]
     if failures:
         sys.exit(f"out of bounds: {', '.join(failures)}")
-
-
-def select(patterns: list[str] | None) -> list[Row]:
-    """The rows whose names match one of the patterns; all without patterns."""
-    chosen = [row for row in ROWS if not patterns or any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise SystemExit(f"No row matches {patterns}; there are: {', '.join(row.name for row in ROWS)}.")
-    return chosen
 
 
 def measure(row: Row, dense: Any, windows: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:

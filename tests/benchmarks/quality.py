@@ -7,7 +7,6 @@ over the first 20 of test and, if the folder has it, of C4.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SEQLEN, arguments, calibration_windows, machine, smollm2, wikitext, write_json
+from common import SEQLEN, add_only, arguments, calibration_windows, machine, select, smollm2, wikitext, write_json
 from parity import CALIBRATION_WINDOWS, EVALUATION_WINDOWS
 
 from optimum_sparse import SparsePruner
@@ -38,9 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure the rows asked for, print them as they come, write JSON."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a row, or a pattern like 'admm *'; repeatable"
-    )
+    add_only(parser)
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=JSON", help="of SparseConfig, for all rows; repeatable"
     )
@@ -60,10 +57,7 @@ def main() -> None:
     print_header(texts)
     rows: dict[str, dict[str, Any]] = {"dense": {}}
     rows.update({f"{v} {t}": {**VARIANTS[v], **TARGETS[t], **options} for v in VARIANTS for t in TARGETS})
-    chosen = [row for row in rows if not args.only or any(fnmatch.fnmatch(row, pattern) for pattern in args.only)]
-    if not chosen:
-        sys.exit(f"No row matches {args.only}; there are: {', '.join(rows)}.")
-    results = [measure(row, rows[row], model, windows, texts) for row in chosen]
+    results = [measure(row, rows[row], model, windows, texts) for row in select(rows, args.only)]
     settings = {
         "calibration_windows": len(windows),
         "calibration_seed": args.seed,
