@@ -222,6 +222,17 @@ def test_text_file_is_one_document(llama, tmp_path):
     assert calibration.record["dataset"] == "data.txt"  # not the folders of this machine
 
 
+@pytest.mark.parametrize(("suffix", "text"), [("", "text"), (":::story", "story")], ids=["text", "a column"])
+def test_folder_of_a_dataset(llama, tmp_path, suffix, text):
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    write_jsonl(folder / "data.jsonl", [{"text": words([n] * 4), "story": words([n + 50] * 4)} for n in range(3, 9)])
+    calibration = load(f"{folder}{suffix}", word_tokenizer(eos=False), llama, seqlen=4, num_samples=6)
+    first = 3 if text == "text" else 53
+    assert sorted(rows(calibration)) == [[n] * 4 for n in range(first, first + 6)]
+    assert calibration.record["dataset"] == f"stories{suffix}"
+
+
 def test_iterable_dataset_is_shuffled_and_read_as_far_as_needed(llama):
     def endless() -> Iterator[dict[str, str]]:
         yield from ({"text": words([3 + index % 100] * 4)} for index in itertools.count())

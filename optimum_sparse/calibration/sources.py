@@ -174,6 +174,8 @@ def _hub(name: str, seed: int, processor: Any) -> Source:
         raise ValueError(f"A Hub dataset is written path[:config[:split[:column]]], got {name!r}.")
     path, config, split, column = [*parts, "", "", ""][:4]
     rows = _hub_rows(path, config or None, split or "train", seed)
+    if Path(path).is_dir():  # `datasets` reads folders, too; where this one is concerns nobody
+        name = ":".join([Path(path).resolve().name, *parts[1:]])
     if path == WIKITEXT:
         return Source("texts", _joined(_texts(rows, column or "text", name)), name)
     return _from_rows(rows, column or None, name, processor, streaming=True)
