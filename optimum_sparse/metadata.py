@@ -216,16 +216,9 @@ def recount(
     """
     matrices, off_grid = {}, None
     for folded, entry in metadata["matrices"].items():
-        patterns = [entry["pattern"]] if entry["pattern"] else []
-        shape, transposed = tuple(entry["shape"]), entry["transposed"]
-        counts = []
-        for name in expand_name(folded):
-            matrix = matrix_of(model, name, shape, transposed)[1]
-            counts.append(count(matrix, patterns))
-            if "quantization" in metadata:
-                off_grid = off_grid or against_grid(name, matrix, grids or {})
-        holds = all(c.patterns for c in counts)
-        matrices[folded] = {**entry, **_entry(counts, entry["pattern"] if holds else None)}
+        matrices[folded] = _recounted(model, expand_name(folded), entry)
+        for name in expand_name(folded) if "quantization" in metadata else ():
+            off_grid = off_grid or against_grid(name, _matrix_of(model, name, entry), grids or {})
     current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
     if matrices != metadata["matrices"]:
         logger.warning(
@@ -237,6 +230,36 @@ def recount(
         logger.warning("The model is saved without its grids and no longer called quantised: %s.", off_grid)
         current = {name: value for name, value in current.items() if name not in QUANTIZATION_FIELDS}
     return current
+
+
+def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a model that had been pruned before, with the matrices that were pruned then and not now.
+
+    Args:
+        model: The model.
+        record: Its `sparsity_config`.
+        earlier: The one that it had before.
+    """
+    now = {name for folded in record["matrices"] for name in expand_name(folded)}
+    matrices = dict(record["matrices"])
+    for folded, entry in earlier["matrices"].items():
+        for others in fold_names([name for name in expand_name(folded) if name not in now]):
+            matrices[others] = _recounted(model, expand_name(others), entry)
+    # Where it comes from is what it was before that.
+    base = {name: earlier.get(name) for name in ("base_model", "base_revision")}
+    return {**record, **base, "matrices": matrices, "achieved_sparsity": _achieved(matrices)}
+
+
+def _recounted(model: PreTrainedModel, names: Iterable[str], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `matrices` with the zeros that its members have now."""
+    patterns = [entry["pattern"]] if entry["pattern"] else []
+    counts = [count(_matrix_of(model, name, entry), patterns) for name in names]
+    holds = all(c.patterns for c in counts)
+    return {**entry, **_entry(counts, entry["pattern"] if holds else None)}
+
+
+def _matrix_of(model: PreTrainedModel, name: str, entry: Mapping[str, Any]) -> torch.Tensor:
+    return matrix_of(model, name, tuple(entry["shape"]), entry["transposed"])[1]
 
 
 def against_grid(name: str, matrix: torch.Tensor, grids: Mapping[str, Grid]) -> str | None:

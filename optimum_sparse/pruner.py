@@ -29,7 +29,9 @@ from .quantization import Grid, write_grids
 from .report import PAGE_FILE, SparsityReport, take_pictures, weight_bytes, write_report
 from .resume import check_progress_folder
 from .run import PruningRun
-from .runtime.linear import SparseLinear
+from .runtime.grids import find_grids
+from .runtime.linear import DenseLinear, SparseLinear
+from .runtime.semi_structured import SemiStructuredLinear
 from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 from .statistics import Statistics
@@ -175,10 +177,9 @@ class SparsePruner:
                 model.config.sparsity_config = metadata.sparsity_config(
                     model, run.config, matrices, report.calibration
                 )
-                if before is not None:  # what it was before that is where it comes from
-                    model.config.sparsity_config |= {
-                        name: before.get(name) for name in ("base_model", "base_revision")
-                    }
+                if before is not None:
+                    record = model.config.sparsity_config
+                    model.config.sparsity_config = metadata.carried_over(model, record, before)
                 report.model = model.config.sparsity_config["base_model"]
             progress.say(report.table())
         return model
@@ -212,7 +213,9 @@ class SparsePruner:
         if not Processes().is_main:
             return
         check_target(model, directory)
-        model.config.sparsity_config = metadata.recount(model, self._metadata(model), self.grids)
+        record = self._metadata(model)
+        grids = self.grids or find_grids(model, None)[0]
+        model.config.sparsity_config = metadata.recount(model, record, grids)
         with replace_folder(directory) as folder, savable(model):
             if compressed:
                 with tempfile.TemporaryDirectory(dir=folder) as dense:
@@ -223,10 +226,11 @@ class SparsePruner:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if "quantization" in model.config.sparsity_config:
-                write_grids(folder / GRIDS_FILE, self.grids)
+                write_grids(folder / GRIDS_FILE, grids)
             if self.report is not None:
+                packed = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
                 self.report.sizes = {
-                    "dense": sum(p.numel() * p.element_size() for p in model.parameters()),
+                    "dense": sum(weight.nbytes for weight in [*model.parameters(), *packed]),
                     "saved": weight_bytes(folder),
                 }
                 write_report(self.report, folder, page=Path(directory, PAGE_FILE).is_file())
@@ -365,10 +369,11 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"The model is quantized with {method}: prune the unquantized model, then quantize it.")
         # Its weights are plain tensors already; without the quantizer it can be saved.
         quantizer.remove_quantization_config(model)
-    packed = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-    if packed:
+    kinds = (SparseLinear, DenseLinear, SemiStructuredLinear)
+    replaced = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if replaced:
         raise ValueError(
-            f"{len(packed)} layers are packed, among them {packed[0]}, and packed weights cannot be changed: load the "
+            f"{len(replaced)} layers are for inference, among them {replaced[0]}, and cannot be pruned: load the "
             "model without runtime='sparse', and prune it before sparsify_for_inference."
         )
     if model.training:

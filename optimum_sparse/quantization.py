@@ -162,6 +162,8 @@ def read_grids(path: Path) -> dict[str, Grid]:
     try:
         with safe_open(path, framework="pt") as file:
             bits, group_size = (int(file.metadata()[key]) for key in ("bits", "group_size"))
+            if not (2 <= bits <= 8 and (group_size == -1 or group_size >= 1)):
+                raise ValueError(f"{bits} bits and groups of {group_size} are not possible")
             names = [key.removesuffix(".scale") for key in file.keys() if key.endswith(".scale")]  # noqa: SIM118
             return {
                 name: Grid(file.get_tensor(f"{name}.scale"), file.get_tensor(f"{name}.zero"), bits, group_size)

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sparse import SparseConfig, SparsePruner, run
 from optimum_sparse.matrices import find_matrices
-from optimum_sparse.metadata import matrix_of
+from optimum_sparse.metadata import expand_name, matrix_of
 from optimum_sparse.patterns import num_pruned
+from optimum_sparse.recovery import find_masks
 from optimum_sparse.solver import Solver
 
 from .architectures import sweep_model
@@ -210,6 +211,26 @@ def test_a_model_that_had_been_pruned_keeps_its_origin():
     assert model.config.sparsity_config["base_model"] == report.model == "where/it/comes-from"
     (note,) = (note for note in report.notes if "pruned before" in note)
     assert "by admm, to 50.00% zeros" in note
+
+
+def test_what_was_pruned_before_and_not_now_stays_in_the_record(tmp_path):
+    model = tiny_model()
+    pruned(model, method="magnitude", targets=["*.self_attn.*"], pattern="2:4")
+    again = {"targets": ["*.mlp.*", "*.q_proj"], "ignore": ["*.0.self_attn.*"]}
+    pruner = pruned(model, method="magnitude", sparsity=0.75, **again)
+    record = model.config.sparsity_config
+    names = {name for folded in record["matrices"] for name in expand_name(folded)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    assert names == linears and record["method"] == "magnitude" and record["sparsity"] == 0.75
+    zeros = sum(int((model.get_submodule(name).weight == 0).sum()) for name in names)
+    numel = sum(model.get_submodule(name).weight.numel() for name in names)
+    assert record["achieved_sparsity"] == pytest.approx(zeros / numel, abs=1e-6)
+    patterns = {name: entry["pattern"] for f, entry in record["matrices"].items() for name in expand_name(f)}
+    assert {name for name in names if patterns[name] == "2:4"} == {
+        name for name in names if "self_attn" in name and not name.endswith("1.self_attn.q_proj")
+    }
+    pruner.save(model, tmp_path)
+    assert set(find_masks(AutoModelForCausalLM.from_pretrained(tmp_path))) == {f"{name}.weight" for name in names}
 
 
 @pytest.mark.parametrize("record", [{"format": "sparse-bitmask"}, "2:4"], ids=str)

@@ -81,14 +81,16 @@ def check_output(output: Path, source: Path | None, name: str) -> None:
         ValueError: `output` is a file or `source`, or holds a dense model.
         OSError: Nothing can be written there.
     """
-    from ..loading import read_json
+    from ..loading import PACKED, read_json
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
     if source is not None and output.exists() and output.samefile(source):
         raise ValueError(f"OUT is {name} ({output}): give another folder, it is not overwritten.")
     file = output / "config.json"
-    if file.is_file() and "sparsity_config" not in read_json(file):
+    config = read_json(file) if file.is_file() else {}
+    packed = (config.get("quantization_config") or {}).get("quant_method") == PACKED
+    if config and "sparsity_config" not in config and not packed:
         raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
     check_writable(output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -62,9 +63,12 @@ def compare(args: Namespace) -> None:
             raise ValueError(
                 f"{folder} has no {REPORT_FILE}: give folders that `sparse prune` or SparsePruner.save has written."
             )
-        name = folder.resolve().name
-        reports[str(folder) if name in reports else name] = report
-    comparison = compare_reports(reports)
+        reports[folder] = report
+    names = {folder: folder.resolve().name for folder in reports}
+    taken = Counter(names.values())
+    comparison = compare_reports(
+        {str(folder) if taken[names[folder]] > 1 else names[folder]: report for folder, report in reports.items()}
+    )
     print(comparison.table())
     args.html.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(args.html) as file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import user_errors
+from . import check_output, user_errors
 
 if TYPE_CHECKING:
     from ..checkpoint import Sizes
@@ -78,9 +78,15 @@ class UnpackCommand(BaseOptimumCLICommand):
 
 
 def _convert(convert: Callable[[Path, Path], Sizes], source: Path, output: Path) -> Sizes:
-    """Write a checkpoint again, and what its files take now into the report that goes along."""
+    """Write a checkpoint again, and what its files take now into the report that goes along.
+
+    Raises:
+        ValueError: `output` is `source`, or holds a dense model, which would be lost.
+        OSError: Nothing can be written there.
+    """
     from ..report import read_report, weight_bytes, write_report
 
+    check_output(output, source, "DIR")
     report = read_report(source)
     sizes = convert(source, output)
     if report is not None and report.sizes:

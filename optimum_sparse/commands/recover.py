@@ -93,7 +93,7 @@ def recover_from(args: Namespace) -> None:
     from ..evaluation import check_same_tokenizer
     from ..recovery.recover import recover
     from ..recovery.teacher_cache import TopKCache
-    from ..report import PAGE_FILE, read_report, weight_bytes, write_report
+    from ..report import PAGE_FILE, REPORT_FILE, read_report, weight_bytes, write_report
 
     device_called(args.device)  # it is there
     report = None if source is None else read_report(source)
@@ -117,6 +117,9 @@ def recover_from(args: Namespace) -> None:
         report.evaluations, report.bench, report.generations = [], None, []  # they are of the model before
         report.sizes["saved"] = weight_bytes(output)
         write_report(report, output, page=(source / PAGE_FILE).is_file())
+    else:  # nor is there to be one of what was in OUT before
+        for file in (REPORT_FILE, PAGE_FILE):
+            (output / file).unlink(missing_ok=True)
     print(
         f"Perplexity on {config.eval_samples} held-out texts: {record['perplexity_before']:.4g} before, "
         f"{record['perplexity_after']:.4g} after.\n"

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..metadata import fold_names
 from ..runtime import LayerChoice, RuntimeReport, SparseLinear, Tiles, kernels, sparsify_for_inference
-from ..runtime.sparsify import copy_what_stays, fold_reasons
+from ..runtime.grids import find_grids
+from ..runtime.quantized import QuantizedTiles
+from ..runtime.sparsify import copy_what_stays, fold_reasons, why_not_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +39,9 @@ class SparseLayers:
         uses = Counter(map(id, parameters.values()))
         self._shared = {name for name, parameter in parameters.items() if uses[id(parameter)] > 1}
         self._shared |= {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        self._tiles: dict[str, Tiles] = {}
+        self._grids, self._no_grids = find_grids(model, None)
+        self._not_codes: dict[str, str | None] = {}
+        self._tiles: dict[str, Tiles | QuantizedTiles] = {}
         self._refused: dict[str, str] = {}
 
     def take(self, name: str, weight: torch.Tensor) -> bool:
@@ -62,7 +66,7 @@ class SparseLayers:
         elif weight.shape != module.weight.shape:
             obstacle = f"its layer has the shape {list(module.weight.shape)}"
         else:
-            tiles = Tiles.pack(weight)
+            tiles, self._not_codes[owner] = self._pack(owner, weight)
             obstacle = "it has too few zeros to become smaller"
         if tiles is None or tiles.nbytes >= weight.nbytes:
             self._refused[owner if attribute == "weight" else name] = obstacle
@@ -71,19 +75,29 @@ class SparseLayers:
         self._tiles[owner] = tiles
         return True
 
+    def _pack(self, name: str, weight: torch.Tensor) -> tuple[Tiles | QuantizedTiles, str | None]:
+        """The weight of a layer, as codes if it is quantised; and why not, although the model is."""
+        grid = self._grids.get(name)
+        if grid is None:
+            return Tiles.pack(weight), "there is no grid for it" if self._grids else self._no_grids
+        reason = why_not_codes(weight, grid)
+        return (QuantizedTiles.pack(weight, grid), None) if reason is None else (Tiles.pack(weight), reason)
+
     def put(self) -> RuntimeReport:
         """Make the layers, and say what became of all."""
-        while self._tiles:
-            name, tiles = self._tiles.popitem()
+        layers = {}
+        for name in list(self._tiles):
             parent, _, attribute = name.rpartition(".")
             linear = self._model.get_submodule(name)
-            setattr(self._model.get_submodule(parent), attribute, SparseLinear(tiles, linear.bias).eval())
+            layers[name] = SparseLinear(self._tiles.pop(name), linear.bias).eval()
+            setattr(self._model.get_submodule(parent), attribute, layers[name])
         copy_what_stays(self._model)
         report = sparsify_for_inference(self._model, prefer="memory")  # matrices that are dense in the files, too
-        dense = [layer for layer in report.layers if layer.choice != "sparse"]
         refused = {name: f"restored dense: {reason}" for name, reason in fold_reasons(self._refused).items()}
         report = replace(
-            report, layers=[*_packed_layers(self._model), *dense], untouched={**report.untouched, **refused}
+            report,
+            layers=[*_choices(layers, self._not_codes), *report.layers],
+            untouched={**report.untouched, **refused},
         )
         self._warn(report)
         return report
@@ -103,27 +117,26 @@ class SparseLayers:
             )
 
 
-def _packed_layers(model: nn.Module) -> list[LayerChoice]:
-    """The `SparseLinear` layers of a model, those of one shape, type and, within 5 %, sparsity together."""
-    kinds: dict[tuple[object, ...], dict[str, Tiles]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and isinstance(tiles := module.tiles, Tiles):
-            kind = (tiles.shape, tiles.values.dtype, round(20 * tiles.sparsity))
-            kinds.setdefault(kind, {})[name] = tiles
-    return [_choice(members) for members in kinds.values()]
+def _choices(layers: Mapping[str, SparseLinear], not_codes: Mapping[str, str | None]) -> list[LayerChoice]:
+    """What became of layers, those of one shape, type and, within 5 %, sparsity together."""
+    kinds: dict[tuple[object, ...], dict[str, SparseLinear]] = {}
+    for name, layer in layers.items():
+        weight, zeros = layer.weight, round(20 * layer.tiles.sparsity)
+        kinds.setdefault((weight.shape, weight.dtype, zeros, not_codes[name]), {})[name] = layer
+    return [_choice(members, not_codes[next(iter(members))]) for members in kinds.values()]
 
 
-def _choice(members: Mapping[str, Tiles]) -> LayerChoice:
-    first = next(iter(members.values()))
+def _choice(members: Mapping[str, SparseLinear], reason: str | None) -> LayerChoice:
+    weight, tiles = next(iter(members.values())).weight, [layer.tiles for layer in members.values()]
     return LayerChoice(
         names=fold_names(members),
         count=len(members),
-        shape=first.shape,
-        dtype=str(first.values.dtype).removeprefix("torch."),
-        sparsity=sum(tiles.sparsity for tiles in members.values()) / len(members),
-        choice="sparse",
-        reason=None,
+        shape=tiles[0].shape,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        sparsity=sum(part.sparsity for part in tiles) / len(tiles),
+        choice="int8" if isinstance(tiles[0], QuantizedTiles) else "sparse",
+        reason=None if reason is None else f"not as int8: {reason}",
         microseconds={},
-        dense_bytes=len(members) * first.shape[0] * first.shape[1] * first.values.itemsize,
-        bytes=sum(tiles.nbytes for tiles in members.values()),
+        dense_bytes=len(tiles) * weight.nbytes,
+        bytes=sum(part.nbytes for part in tiles),
     )

@@ -28,8 +28,11 @@ def read_rows(dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]], lim
         OSError: There is no such file or Hub dataset.
         ValueError: It has no rows.
     """
-    rows: Iterable[Any] = _named(os.fspath(dataset)) if isinstance(dataset, (str, os.PathLike)) else dataset
-    found = list(islice(rows, limit))
+    try:
+        rows: Iterable[Any] = _named(os.fspath(dataset)) if isinstance(dataset, (str, os.PathLike)) else dataset
+        found = list(islice(rows, limit))
+    except StopIteration:  # `datasets`, of an empty file
+        found = []
     if not found:
         raise ValueError("The dataset has no rows.")
     return found
@@ -45,6 +48,8 @@ def _named(name: str) -> Iterable[Mapping[str, Any]]:
         if path.suffix.lower() == ".txt":
             return [{"text": path.read_text(encoding="utf-8")}]
         return load_dataset(_KINDS[path.suffix.lower()], data_files=str(path), split="train", streaming=True)
+    if path.is_file():
+        raise ValueError(f"{name!r} is a file of an unknown kind: give {', '.join(_KINDS)}.")
     hub_id, config, split = [*name.split(":"), "", ""][:3]
     try:
         return load_dataset(hub_id, config or None, split=split or "train", streaming=True)
@@ -74,6 +79,7 @@ def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, seqlen: int
         ValueError: The columns are others, or there is too little text.
     """
     columns = set(rows[0])
+    _check_rows(rows, columns)
     if "text" in columns:
         examples = _pieces((row["text"] for row in rows), tokenizer, seqlen)
     elif columns >= {"prompt", "completion"}:
@@ -92,6 +98,17 @@ def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, seqlen: int
             "seqlen if there is too little of it, or raise it if the prompts are longer."
         )
     return examples
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
+    """Raise a `ValueError` if a row lacks what is read of it."""
+    for name in {"text", "prompt", "completion", "messages"}.intersection(columns):
+        kinds, wanted = {"text": ((str,), "text"), "messages": ((list,), "a list of messages")}.get(
+            name, ((str, list), "text or a list of messages")
+        )
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get(name), kinds):
+                raise ValueError(f"Row {number} of the dataset has {row.get(name)!r:.50} as {name!r}: give {wanted}.")
 
 
 def _pieces(texts: Iterable[str], tokenizer: Any, seqlen: int) -> list[dict[str, list[int]]]:

@@ -153,7 +153,9 @@ class MaskedLoraLinear(Linear):
         bias = None if bias is None else bias.to(x.dtype)
         self.mask = self.mask.to(x.device)
         with torch.autocast(device, enabled=False):
-            return MaskedLinear.apply(x, weight, bias, left, right, self.mask, self.fan_in_fan_out)
+            rows = x.reshape(-1, x.shape[-1])  # what comes out is no view then, and can be changed in place
+            out = MaskedLinear.apply(rows, weight, bias, left, right, self.mask, self.fan_in_fan_out)
+            return out.view(*x.shape[:-1], out.shape[-1])
 
     def _drops(self, adapter: str) -> bool:
         # Dropout is on the input of the update alone, which then needs a product of its own.
@@ -175,7 +177,7 @@ class MaskedParamWrapper(ParamWrapper):
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The masked update of one adapter, in the layout of the parameter."""
-        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
+        delta = super().get_delta_weight(adapter_name, *args, **kwargs).view(self.get_param().shape)
         return delta.mul_(self.mask.to(delta.device).expand(delta.dtype))
 
     @contextmanager
@@ -199,7 +201,8 @@ class MaskedParamWrapper(ParamWrapper):
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self.num_experts == 1:
-            return self.lora_B[adapter].weight * self.scaling[adapter], self.lora_A[adapter].weight
+            left, right = self.lora_B[adapter].weight * self.scaling[adapter], self.lora_A[adapter].weight
+            return (left, right) if self.get_param().ndim == 2 else (left[None], right[None])  # a single expert
         left, right, scaling = self.get_delta_factors(adapter)
         return left * scaling, right
 

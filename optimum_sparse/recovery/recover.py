@@ -9,13 +9,15 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,7 +32,7 @@ from .config import RecoveryConfig
 from .data import IGNORED, PadRight, read_rows, tokenize_rows
 from .distillation import DistillationTrainer, check_teacher
 from .masks import Mask, count_outside, find_masks, parameter
-from .teacher_cache import TopKCache
+from .teacher_cache import TopKCache, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ CHECKPOINTS = "recovery-checkpoints"
 RUN_FILE = "run.json"
 WARMUP = 0.05  # of the steps
 SEQLEN = 1024
+# A loss, in nats, of which no perplexity can be computed.
+DIVERGED = 700.0
 
 CARD = """
 ## How it was trained after pruning
@@ -79,8 +83,8 @@ def recover(
 
     Raises:
         ValueError: The model is dense or does not predict the next token, `seqlen` is longer than it supports, the
-            teacher has another vocabulary, the data are of no known format or too few, or `output` holds checkpoints
-            of another run.
+            teacher has another vocabulary, the data are of no known format or too few, `output` holds checkpoints of
+            another run, or training diverged.
         OSError: Data cannot be read, or the result cannot be written.
     """
     config = config or RecoveryConfig()
@@ -94,10 +98,10 @@ def recover(
     examples = tokenize_rows(read_rows(dataset, config.num_samples), tokenizer, seqlen)
     training, held_out = _split(examples, config)
     checkpoints = output / CHECKPOINTS
-    _check_same_run(checkpoints, _identity(config, masks, examples, teacher))
+    _check_same_run(checkpoints, _identity(config, model, masks, examples, teacher))
 
     arguments = _arguments(config, checkpoints, device, model.dtype, progress)
-    dtype = model.dtype
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     model.to(arguments.device)
     collate = PadRight(_padding(tokenizer))
     before = mean_loss(model, held_out, collate, config.batch_size)
@@ -117,9 +121,18 @@ def recover(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
 
     recovered: Any = trainer.model.merge_and_unload() if config.method == "lora" else trainer.model
-    recovered = recovered.to(dtype).eval()
+    recovered.eval()
+    for name, tensor in _tensors(recovered):  # each its own: some models keep a few in fp32
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    finite = all(tensor.isfinite().all() for tensor in recovered.parameters())
+    after = mean_loss(recovered, held_out, collate, config.batch_size) if finite else math.inf
+    if not after < DIVERGED:
+        shutil.rmtree(checkpoints)
+        raise ValueError(
+            f"Training diverged: the loss on held-out texts was {before:.2f} and is {after:.2f}. Lower the learning "
+            f"rate, which was {config.peak_learning_rate:g}."
+        )
     _check_zeros(recovered, masks)
-    after = mean_loss(recovered, held_out, collate, config.batch_size)
     record = {
         **config.to_dict(),
         "learning_rate": config.peak_learning_rate,
@@ -135,6 +148,12 @@ def recover(
     _save(recovered, tokenizer, output, record)
     shutil.rmtree(checkpoints)
     return record
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 @torch.no_grad()
@@ -197,9 +216,18 @@ def _prepared(model: PreTrainedModel, config: RecoveryConfig, masks: Mapping[str
         target_modules=[key.removesuffix(".weight") for key in masks if parameter(model, key).ndim == 2],
         target_parameters=[key for key in masks if parameter(model, key).ndim == 3] or None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return keep_sparsity(get_peft_model(model, lora), masks)
+    uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    shared = [key for key in masks if uses[id(parameter(model, key))] > 1]
+    try:
+        if shared:
+            raise ValueError(f"several modules use {shared[0]}")
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return keep_sparsity(get_peft_model(model, lora), masks)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"LoRA cannot train this {type(model).__name__} ({error}): choose method 'full' or 'norms'."
+        ) from error
 
 
 def _arguments(
@@ -228,13 +256,18 @@ def _arguments(
 
 
 def _identity(
-    config: RecoveryConfig, masks: Mapping[str, Mask], examples: list[Any], teacher: PreTrainedModel | None
+    config: RecoveryConfig,
+    model: PreTrainedModel,
+    masks: Mapping[str, Mask],
+    examples: list[Any],
+    teacher: PreTrainedModel | None,
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed."""
     digest = hashlib.sha256(json.dumps(examples).encode())
     digest.update("".join(f"{key} {mask.digest}" for key, mask in masks.items()).encode())
     options = {name: value for name, value in config.to_dict().items() if name != "save_steps"}
-    return {**options, "distilled": teacher is not None, "data or zeros": digest.hexdigest()}
+    models = {"model": fingerprint(model), "teacher": None if teacher is None else fingerprint(teacher)}
+    return {**options, **models, "data or zeros": digest.hexdigest()}
 
 
 def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:

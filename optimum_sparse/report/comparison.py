@@ -129,6 +129,13 @@ def compare_reports(reports: Mapping[str, SparsityReport]) -> Comparison:
     machines = {str(sorted(report.bench["machine"].items())) for report in reports.values() if report.bench}
     if len(machines) > 1:
         notes.append("Speeds were measured on different machines or versions, and cannot be compared.")
+    differing = [
+        name
+        for name in ("dtype", "prefer", "prompt_tokens", "new_tokens")
+        if len({report.bench.get(name) for report in reports.values() if report.bench}) > 1
+    ]
+    if differing:
+        notes.append(f"Speeds were measured with different {', '.join(differing)}, and cannot be compared.")
     text = f"{protocol[0]}, {protocol[2]} windows of {protocol[1]} tokens" if protocol else ""
     return Comparison(candidates, text, notes)
 

@@ -46,7 +46,7 @@ def quality(evaluation: Mapping[str, Any] | None) -> list[Row]:
 
 def sizes(report: SparsityReport) -> list[Row]:
     """What the weights take on disk."""
-    if "saved" not in report.sizes:
+    if not report.sizes.keys() >= {"dense", "saved"}:
         return []
     dense, saved = report.sizes["dense"], report.sizes["saved"]
     return [Row("files of the weights", megabytes(dense), megabytes(saved), f"× {saved / dense:.2f}")]

@@ -84,6 +84,8 @@ def bench(
     findings = {
         "model": str(source),
         "machine": machine(),
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "prefer": prefer,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "checkpoint_bytes": None if folder is None else _size(folder),

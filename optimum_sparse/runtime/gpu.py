@@ -92,7 +92,7 @@ def tiles_linear(
                 masks.view(torch.int32),
                 values,
                 offsets,
-                out if bias is None else bias,
+                out if bias is None else bias.contiguous(),
                 out,
                 tokens,
                 rows,

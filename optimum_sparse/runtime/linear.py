@@ -14,6 +14,7 @@ from ..quantization import Grid
 from . import ops
 from .quantized import QuantizedTiles
 from .tiles import Tiles
+from .weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,16 @@ class SparseLinear(nn.Module):
         return kind((self.out_features, self.in_features), *(getattr(self, name) for name in _PARTS[kind]))
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The dense weight `[out_features, in_features]`, unpacked anew each time; changing it changes nothing."""
-        return self.tiles.unpack()
+    def weight(self) -> PackedWeight:
+        """The dense weight `[out_features, in_features]`, unpacked anew by whatever reads it; it cannot be changed."""
+        return PackedWeight(self.tiles)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., in_features]` times the weight, plus the bias: `[..., out_features]`."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            return self._autocast(x)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _Product.apply(x, self.bias, self.tiles)
         parts = self._buffers  # at once: the look-up of an attribute that is a buffer takes long
         if "codes" in parts:
             return ops.quantized_linear(
@@ -101,6 +104,17 @@ class SparseLinear(nn.Module):
             x, parts["masks"], parts["values"], parts["offsets"], self.bias, self.out_features, self.in_features
         )
 
+    def _autocast(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, where torch chooses the type of the product."""
+        device, dtype = x.device.type, x.dtype
+        if dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            x = x.to(dtype)
+            if dtype == self.weight.dtype and (self.bias is None or self.bias.dtype == dtype):
+                return self(x)
+            return _Product.apply(x, None if self.bias is None else self.bias.to(dtype), self.tiles)
+
     def train(self, mode: bool = True) -> Self:
         """As that of `nn.Module`; says once that training does not reach the weight."""
         if mode:
@@ -109,12 +123,12 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        zeros = 1 - int(self.tiles.offsets[-1]) / (self.out_features * self.in_features)
-        text = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, zeros={zeros:.2%}"
+        zeros = f"{self.tiles.sparsity:.2%}"
+        text = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, zeros={zeros}"
         return text + (", quantized=True" if self.quantized else "")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.tiles.unpack()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -133,6 +147,21 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if key in unexpected_keys:
             unexpected_keys.remove(key)
+
+
+class _Product(torch.autograd.Function):
+    """`F.linear` with a packed weight, which stays packed until gradients come back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles | QuantizedTiles) -> torch.Tensor:
+        ctx.tiles = tiles
+        return F.linear(x, tiles.unpack().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        along = gradient @ ctx.tiles.unpack().to(gradient.dtype) if needs_x else None
+        return along, gradient.flatten(0, -2).sum(dim=0) if needs_bias else None, None
 
 
 @lru_cache
@@ -156,6 +185,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As that of `nn.Linear`."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if learns or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return ops.dense_linear(x, self.weight, self.bias)

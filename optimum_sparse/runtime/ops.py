@@ -92,7 +92,7 @@ def _multiply(x: torch.Tensor, matrix: tuple[int, ...], bias: torch.Tensor | Non
     out = x.new_empty(*x.shape[:-1], rows)
     tokens = out.numel() // rows
     if tokens:
-        x = x.contiguous()
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         address = 0 if bias is None else bias.data_ptr()
         kernels.EXTENSION.tiles_linear(
             *matrix, kernels.number(), x.data_ptr(), tokens, address, out.data_ptr(), kernels.threads()
@@ -101,15 +101,15 @@ def _multiply(x: torch.Tensor, matrix: tuple[int, ...], bias: torch.Tensor | Non
 
 
 def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear`; faster for a single token."""
-    if weight.ndim != 2 or not weight.is_contiguous():
-        raise ValueError(f"the weight must be [rows, columns] and contiguous, got {tuple(weight.shape)}.")
+    """`F.linear`; faster for a single token, if the weight is contiguous."""
+    if weight.ndim != 2:
+        raise ValueError(f"the weight must be [rows, columns], got {tuple(weight.shape)}.")
     rows, columns = weight.shape
     _check_inputs(x, weight, bias, (rows, columns))
-    if x.numel() != columns or not _has_kernel(x):
+    if x.numel() != columns or not weight.is_contiguous() or not _has_kernel(x):
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], rows)
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     address = 0 if bias is None else bias.data_ptr()
     kernels.EXTENSION.dense_linear(
         rows,
@@ -143,9 +143,7 @@ def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
             f"the input is {x.dtype} on {x.device}, and the weight {weight.dtype} on {weight.device}: "
             "both must be the same."
         )
-    if bias is not None and not (
-        bias.shape == (rows,) and bias.dtype == x.dtype and bias.device == x.device and bias.is_contiguous()
-    ):
+    if bias is not None and not (bias.shape == (rows,) and bias.dtype == x.dtype and bias.device == x.device):
         raise ValueError(
             f"the bias must be [{rows}] {x.dtype} on {x.device}, "
             f"got {tuple(bias.shape)} {bias.dtype} on {bias.device}."
@@ -186,7 +184,8 @@ def _buffer(numel: int, like: torch.Tensor) -> torch.Tensor:
     key = str((like.device, like.dtype))
     if key not in kept or kept[key].numel() < numel:
         kept.pop(key, None)  # before the larger one is made
-        kept[key] = like.new_empty(numel)
+        with torch.inference_mode(False):  # else it could be written to in no other mode
+            kept[key] = like.new_empty(numel)
     return kept[key]
 
 

@@ -64,6 +64,11 @@ class QuantizedTiles:
         """Bytes that it takes."""
         return self.masks.nbytes + self.codes.nbytes + self.offsets.nbytes + self.grids.nbytes
 
+    @property
+    def sparsity(self) -> float:
+        """The part of the weights that is not stored."""
+        return 1 - int(self.offsets[-1]) / (self.shape[0] * self.shape[1])
+
     @classmethod
     def pack(cls, weight: torch.Tensor, grid: Grid) -> QuantizedTiles:
         """Pack a dense weight.

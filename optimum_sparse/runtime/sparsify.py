@@ -85,7 +85,14 @@ def sparsify_for_inference(
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
-    candidates, untouched = _candidates(model, *find_grids(model, grids))
+    found, missing = find_grids(model, grids)
+    candidates, untouched = _candidates(model, found, missing)
+    if grids is not None and not any(candidate.name in found for candidate in candidates):
+        first = next(iter(found), "none")
+        raise ValueError(
+            f"grids are of {len(found)} matrices ({first} and so on), and no layer has one of these names: give the "
+            "model that was pruned, and not a part of it."
+        )
     kinds: dict[tuple, list[_Candidate]] = {}
     for candidate in candidates:
         kinds.setdefault(candidate.kind, []).append(candidate)
@@ -132,6 +139,7 @@ class _Candidate:
     device: torch.device
     gpu: bool
     two_of_four: bool
+    contiguous: bool  # how the weight lies in memory
     grid: Grid | None  # with which its values are packed as codes
     no_grid: str | None  # why not, although the model is quantised
 
@@ -149,7 +157,7 @@ class _Candidate:
         sparsity = round(20 * self.sparsity)
         return (
             *(self.shape, self.dtype, self.bias, self.tied, sparsity),
-            *(self.device, self.two_of_four, self.grid is None, self.no_grid),
+            *(self.device, self.two_of_four, self.contiguous, self.grid is None, self.no_grid),
         )
 
     @property
@@ -185,9 +193,11 @@ def _candidates(
         bias, tied = module._parameters["bias"] is not None, uses[id(weight)] > 1
         nonzero, on_gpu = int(torch.count_nonzero(weight)), _on_gpu(weight)
         two_of_four = on_gpu and 2 * nonzero <= weight.numel() and semi_structured.is_two_of_four(weight)
-        where = (weight.device, on_gpu, two_of_four)
+        where = (weight.device, on_gpu, two_of_four, weight.is_contiguous())
         grid = None if tied else grids.get(name)
-        reason = missing if grid is None else _why_not_codes(weight.detach(), grid)
+        reason = why_not_codes(weight.detach(), grid) if grid is not None else missing
+        if grids and name not in grids:
+            reason = "there is no grid for it"
         grid = grid if reason is None else None
         found.append(_Candidate(name, shape, weight.dtype, bias, tied, nonzero, *where, grid, reason))
     return found, fold_reasons(untouched)
@@ -197,8 +207,8 @@ def _on_gpu(weight: torch.Tensor) -> bool:
     return weight.is_cuda
 
 
-def _why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
-    """Why the values of a weight cannot be packed as codes."""
+def why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
+    """Why the values of a weight cannot be packed as codes, or `None`."""
     if _on_gpu(weight):
         return "there are no kernels for codes on a GPU"
     if weight.dtype not in kernels.MULTIPLIED:
@@ -263,7 +273,7 @@ def _ways(members: Sequence[_Candidate], batch_size: int) -> tuple[list[str], st
         return ways, "not timed: there are no compiled kernels"
     if first.dtype not in kernels.MULTIPLIED:
         return ways, f"not timed: there are no kernels for {first.dtype}"
-    ways += ["dense"] if batch_size == 1 else []
+    ways += ["dense"] if batch_size == 1 and first.contiguous else []
     ways += ["sparse"] if obstacle is None else []
     ways += ["int8"] if first.grid is not None else []
     return ways, f"not timed: {obstacle}" if ways == ["torch"] else _no_codes(first)

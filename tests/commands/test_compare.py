@@ -24,13 +24,20 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def test_table_and_page(folders: list[Path], capsys: pytest.CaptureFixture):
     assert run(*folders) == 0
-    names = ["a", "b", str(folders[2])]  # a name that is taken is told by its folder
+    names = [str(folders[0]), "b", str(folders[2])]  # those of one name are told by their folders
     expected = compare_reports({name: read_report(f) for name, f in zip(names, folders, strict=True)})
     printed = capsys.readouterr().out
     assert expected.table() in printed and "To look at: compare.html" in printed
     assert Path("compare.html").read_text() == expected.page()
     assert run(*folders[:2], folders[0], "--html", "new/other.html") == 0  # the same folder twice is one model
     assert "2 pruned models" in Path("new/other.html").read_text()
+
+
+def test_a_name_and_the_same_in_another_folder(folders: list[Path], capsys: pytest.CaptureFixture):
+    folders[2].rename("a")
+    for order in (["one/a", "a"], ["a", "one/a"]):
+        assert run(*order) == 0
+        assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= set(order)
 
 
 def test_folders_without_a_report(folders: list[Path], capsys: pytest.CaptureFixture):

@@ -12,7 +12,7 @@ from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import read_report, weight_bytes
 
 from ..architectures import sweep_model
-from ..checkpoints import tiny_tokenizer
+from ..checkpoints import save_tiny, tiny_tokenizer
 from ..helpers import tiny_model
 from .cli import sparse
 
@@ -41,16 +41,30 @@ def test_there_and_back(tmp_path, capsys):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    dense = save_pruned(tmp_path / "dense", tiny_model())
+    dense, original = save_pruned(tmp_path / "dense", tiny_model()), tmp_path / "original"
+    save_tiny(original)
+    before = (original / "model.safetensors").read_bytes()
     capsys.readouterr()
     for arguments, message in (
         (("pack", dense, dense), "OUT is DIR"),
         (("unpack", dense, tmp_path / "out"), "is dense already"),
         (("pack", tmp_path / "nowhere", tmp_path / "out"), "is not a folder"),
+        (("pack", dense, original), "holds a dense model, which would be lost"),
+        (("unpack", dense, original), "holds a dense model, which would be lost"),
     ):
         assert sparse(*arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert (original / "model.safetensors").read_bytes() == before
+
+
+def test_what_was_packed_without_a_record_is_packed_again(tmp_path):
+    dense = save_pruned(tmp_path / "dense", tiny_model())
+    config = json.loads((dense / "config.json").read_text())
+    del config["sparsity_config"]
+    (dense / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        assert sparse("pack", tmp_path / "dense", tmp_path / "packed") == 0
 
 
 def findings(folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, dict]:

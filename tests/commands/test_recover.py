@@ -5,11 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_sparse import SparsePruner
 from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.recovery import recover as recover_module
+from optimum_sparse.recovery.config import RecoveryConfig
 from optimum_sparse.report import read_report, write_report
 from tests.beyond_text import t5_model
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
@@ -128,6 +130,80 @@ def test_checkpoints_of_another_run_are_not_used(folders, monkeypatch, capsys):
         run(folders / "pruned", folders / "out", *options)
     assert run(folders / "pruned", folders / "out", *options, "--rank", 4) == 2
     assert "holds checkpoints of another run (other rank): delete it to start anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["model", "teacher"])
+def test_checkpoints_are_of_the_same_models(changed, folders, monkeypatch, capsys):
+    class Interrupt(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    options = ("--dataset", folders / "text.txt", "--distill", folders / "dense", *FAST, "--save-steps", 1)
+    with monkeypatch.context() as patch:
+        train = recover_module.Trainer.train
+        patch.setattr(
+            recover_module.Trainer, "train", lambda self, **kw: (self.add_callback(Interrupt), train(self, **kw))[1]
+        )
+        run(folders / "pruned", folders / "out", *options)
+    folder = folders / ("pruned" if changed == "model" else "dense")
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)  # the zeros are the same
+    other.save_pretrained(folder)
+    assert f"checkpoints of another run (other {changed})" in refused(
+        capsys, folders / "pruned", folders / "out", *options
+    )
+
+
+@pytest.mark.parametrize("rate", ["1e6", "1e30"])
+def test_training_that_diverges(rate, folders, capsys):
+    options = ("--dataset", folders / "text.txt", "--method", "norms", *FAST)
+    error = refused(capsys, folders / "pruned", folders / "out", *options, "--learning-rate", rate)
+    assert "Training diverged: the loss on held-out texts was" in error
+    assert f"Lower the learning rate, which was {float(rate):g}." in error
+    assert run(folders / "pruned", folders / "out", *options) == 0  # what it left is no obstacle
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "norms"])
+def test_every_tensor_keeps_its_type(method, folders):
+    """Rotary frequencies are in fp32 even in a bf16 model, and some experts' biases are, too."""
+    model = pruned_model().to(torch.bfloat16)
+    scales = torch.tensor([1.0, 1.00033])
+    model.model.register_buffer("scales", scales)
+    frequencies = model.model.rotary_emb.inv_freq = torch.linspace(0.123456789, 1, 4)
+    model = (
+        recover_module.recover(
+            model,
+            tiny_tokenizer(),
+            folders / "out",
+            folders / "text.txt",
+            RecoveryConfig(method=method, max_steps=1, seqlen=32, eval_samples=4, learning_rate=1e-12),
+            device="cpu",
+            progress=False,
+        )
+        and model
+    )
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    saved = load_file(folders / "out" / "model.safetensors")
+    assert torch.equal(saved["model.scales"], scales)
+    assert saved["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_the_report_of_another_model_does_not_stay(folders):
+    (folders / "out").mkdir()
+    write_report(full_report(), folders / "out", page=True)
+    config = json.loads((folders / "pruned" / "config.json").read_text())
+    (folders / "out" / "config.json").write_text(json.dumps(config))
+    assert run(folders / "pruned", folders / "out", "--dataset", folders / "text.txt", "--method", "norms", *FAST) == 0
+    assert not {"sparsity_report.json", "sparsity_report.html"} & {path.name for path in (folders / "out").iterdir()}
+
+
+def test_report_without_sizes(folders):
+    report = full_report()
+    report.sizes = {}
+    write_report(report, folders / "pruned", page=True)
+    assert run(folders / "pruned", folders / "out", "--dataset", folders / "text.txt", "--method", "norms", *FAST) == 0
+    assert read_report(folders / "out").sizes.keys() == {"saved"}
 
 
 def test_bfloat16_and_experts(tmp_path):

@@ -246,7 +246,7 @@ def test_the_pruner_packs_it_again(pruned, tmp_path):
 
 
 def test_it_is_not_pruned_further(pruned):
-    with pytest.raises(ValueError, match=r"14 layers are packed, among them model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(ValueError, match=r"14 layers are for inference, among them model\.layers\.0\.self_attn"):
         SparsePruner(method="magnitude", progress=False).prune(load_sparse(pruned))
 
 

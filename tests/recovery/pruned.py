@@ -24,11 +24,13 @@ _EXPERTS = dict(
 )
 
 
-def expert_model(architecture: str) -> PreTrainedModel:
+def expert_model(architecture: str, **overrides) -> PreTrainedModel:
     """A tiny mixture of experts: "mixtral" `[experts, out, in]` or "gpt_oss" `[experts, in, out]`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **_EXPERTS), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **(_EXPERTS | overrides)), dtype=torch.float32
+        )
     model.set_experts_implementation("eager")
     return model.eval()
 
@@ -36,7 +38,7 @@ def expert_model(architecture: str) -> PreTrainedModel:
 def pruned_model(architecture: str = "llama", sparsity: float = 0.5, seed: int = 0, **overrides) -> PreTrainedModel:
     """A tiny model with random zeros in its linear layers and fused experts, and the record that belongs to them."""
     experts = architecture in ("mixtral", "gpt_oss")
-    model = expert_model(architecture) if experts else tiny_model(architecture, seed=seed, **overrides)
+    model = expert_model(architecture, **overrides) if experts else tiny_model(architecture, seed=seed, **overrides)
     matrices = {}
     generator = torch.Generator().manual_seed(seed + 100)
 

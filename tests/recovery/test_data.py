@@ -98,6 +98,29 @@ class TestRefused:
         with pytest.raises(FileNotFoundError, match=r"There is no file 'nowhere\.jsonl'"):
             read_rows("nowhere.jsonl")
 
-    def test_no_rows(self):
-        with pytest.raises(ValueError, match="has no rows"):
-            read_rows([])
+    def test_no_rows(self, tmp_path):
+        (tmp_path / "empty.jsonl").touch()
+        for data in ([], tmp_path / "empty.jsonl"):
+            with pytest.raises(ValueError, match="has no rows"):
+                read_rows(data)
+
+    def test_unknown_kind(self, tmp_path):
+        (tmp_path / "data.csv").write_text("text\n1")
+        with pytest.raises(ValueError, match=r"data\.csv' is a file of an unknown kind: give \.jsonl"):
+            read_rows(tmp_path / "data.csv")
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": None}, r"Row 2 of the dataset has None as 'text': give text\."),
+            ({}, r"Row 2 of the dataset has None as 'text'"),
+            ({"text": 3}, r"has 3 as 'text'"),
+            ({"prompt": "a", "completion": None}, r"None as 'completion': give text or a list of messages"),
+            ({"messages": "a"}, r"'a' as 'messages': give a list of messages"),
+        ],
+    )
+    def test_rows_that_lack_something(self, tokenizer, row, message):
+        names = row or {"text": ""}
+        good = {name: [{"role": "user", "content": "a"}] if name == "messages" else "abc" for name in names}
+        with pytest.raises(ValueError, match=message):
+            tokenize_rows([good, row], tokenizer, 8)

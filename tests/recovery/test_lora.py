@@ -108,6 +108,32 @@ def test_several_active_adapters_equal_the_naive_sum():
     assert_zeros_kept(merged, zero_positions(pruned))
 
 
+def test_a_single_fused_expert():
+    """PEFT has no dimension of experts in the factors then, and the parameter has one."""
+    pruned = pruned_model("mixtral", num_local_experts=1, num_experts_per_tok=1, intermediate_size=24).double()
+    peft_model = masked(pruned, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    expected = loss_of(peft_model, TOKENS[0])
+    expected.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in peft_model.named_parameters() if "lora_" in n)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(loss_of(merged, TOKENS[0]), expected.detach(), rtol=1e-12, atol=0)
+    assert (loss_of(pruned, TOKENS[0]) - expected).abs() > 1e-6
+    assert_zeros_kept(merged, zero_positions(pruned))
+
+
+def test_what_a_layer_puts_out_can_be_changed_in_place():
+    """As some models do: `linear(x) += ...`."""
+    gradients = []
+    for change in (torch.Tensor.add_, torch.Tensor.add):
+        peft_model = masked(pruned_model().double(), target_modules=["q_proj"])
+        layer = peft_model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        layer.register_forward_hook(lambda module, args, output, change=change: change(output, 0.1))
+        loss_of(peft_model, TOKENS[0]).backward()
+        gradients.append({n: p.grad for n, p in peft_model.named_parameters() if "lora_" in n})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_fused_experts(architecture, adapters):

@@ -52,6 +52,69 @@ def test_gradients_flow_to_the_inputs(form: type):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 200])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_can_be_trained(form: type, tokens: int):
+    dense, x = linear(), inputs(3, tokens, 70)[:1]
+    dense.weight.requires_grad_(False)
+    layer = form.from_linear(dense)
+    assert layer.bias is not dense.bias or form is DenseLinear
+    layer.bias.requires_grad_()
+    layer(x).square().sum().backward()
+    (expected,) = torch.autograd.grad(dense(x).square().sum(), dense.bias)
+    torch.testing.assert_close(layer.bias.grad, expected)
+
+
+def test_weights_stay_packed_until_gradients_come_back():
+    """Were they kept dense in between, these would be ten matrices of 4 MB."""
+    layers = nn.Sequential(*(SparseLinear.from_linear(linear(1024, 1024, seed=seed)) for seed in range(10)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        output = layers(inputs(2, 1024).requires_grad_())
+    assert output.requires_grad and sum(kept) < 2**20
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(1, 70), (200, 70)], ids=str)
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("learns", [False, True])
+def test_autocast(form: type, shape: tuple[int, ...], kinds: tuple[torch.dtype, torch.dtype], learns: bool):
+    weights, given = kinds
+    dense, x = linear().to(weights), inputs(*shape).to(given)
+    layer = form.from_linear(dense)
+    xs = [x.clone().requires_grad_(learns) for _ in range(2)]
+    with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(xs[0]), dense(xs[1])
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    if learns:
+        gradients = [
+            torch.autograd.grad(y.float().square().sum(), x)[0] for y, x in zip((found, expected), xs, strict=True)
+        ]
+        assert gradients[0].dtype == given
+        torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_that_are_not_contiguous(form: type):
+    dense = linear()
+    dense.weight = nn.Parameter(dense.weight.detach().T.contiguous().T)
+    dense.bias = nn.Parameter(inputs(40, 2)[:, 0])
+    with torch.no_grad():
+        for x in (inputs(1, 70), inputs(200, 70)):
+            torch.testing.assert_close(form.from_linear(dense)(x), dense(x))
+
+
+def test_inference_mode_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(ops, "_buffers", threading.local())
+    layer, x = SparseLinear.from_linear(linear()), inputs(200, 70)
+    with torch.inference_mode():
+        first = layer(x)
+    assert not any(buffer.is_inference() for buffer in ops._buffers.__dict__.values())
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+
+
 def test_dense_layer_can_still_be_trained():
     dense = linear()
     layer = DenseLinear.from_linear(dense)
