@@ -155,6 +155,15 @@ def test_file(tmp_path: Path):
         assert torch.equal(found[name].scale, grid.scale) and torch.equal(found[name].zero, grid.zero)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(16, 32), (1, 32), (99999, 32), (4, 0), (4, -2)])
+def test_grids_that_cannot_be(tmp_path: Path, bits: int, group_size: int):
+    grid = grid_of(weights(), quantization="int4", group_size=32)
+    file = tmp_path / "grids.safetensors"
+    write_grids(file, {"q": Grid(grid.scale, grid.zero, bits, group_size)})
+    with pytest.raises(ValueError, match=rf"{bits} bits and groups of {group_size} are not possible"):
+        read_grids(file)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no metadata", "no zeros"])
 def test_damaged_file(tmp_path: Path, damage: str):
     from safetensors.torch import load_file, save_file

@@ -193,8 +193,8 @@ def check_plot(file: Path) -> None:
 
 def _load(source: str | os.PathLike, dtype: str, length: int) -> PreTrainedModel:
     model, _ = load_model(source, dtype)
-    if not model.can_generate():
-        raise ValueError(f"{source} is a {type(model).__name__}, which does not generate text: nothing to measure.")
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        raise ValueError(f"{source} is a {type(model).__name__}, which does not continue text: nothing to measure.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"prompt and new tokens are {length} together, and the model takes {longest}.")

@@ -9,6 +9,7 @@ import torch
 from optimum_sparse.report import read_report, write_report
 from optimum_sparse.runtime import bench, kernels
 
+from ..beyond_text import whisper_model
 from ..checkpoints import save_tiny
 from ..helpers import tiny_model
 from ..report.reports import full_report
@@ -120,6 +121,9 @@ def test_models_that_do_not_generate(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert sparse("bench", tmp_path, *FEW) == 2
     assert "nothing to measure" in capsys.readouterr().err
+    whisper_model().save_pretrained(tmp_path)  # it generates text, from sound
+    assert sparse("bench", tmp_path, *FEW) == 2
+    assert "which does not continue text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

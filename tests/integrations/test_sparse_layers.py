@@ -1,6 +1,8 @@
 """`runtime="sparse"`: a packed checkpoint becomes a model that is packed in memory and computes the same."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,8 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 from optimum_sparse import PackedConfig, SparsePruner
 from optimum_sparse.checkpoint import Checkpoint, pack_folder, weight_files
+from optimum_sparse.commands.inspect import inspect
+from optimum_sparse.integrations.sparse_layers import SparseLayers
 from optimum_sparse.packing import Packed
-from optimum_sparse.runtime import SparseLinear, linear
+from optimum_sparse.runtime import SparseLinear, linear, sparsify_for_inference
 
 from ..architectures import sweep_model
 from ..helpers import tiny_batches, tiny_model
@@ -243,6 +247,51 @@ def test_the_pruner_packs_it_again(pruned, tmp_path):
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, pruned)]
     assert configs[0] == configs[1]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory) -> Path:
+    """A packed Llama in bfloat16 on grids of 8 bits."""
+    folder, model = tmp_path_factory.mktemp("quantised"), tiny_model("llama").bfloat16()
+    pruner = SparsePruner(method="magnitude", quantization="int8", group_size=-1, progress=False)
+    pruner.prune(model)
+    pruner.save(model, folder, compressed=True)
+    return folder
+
+
+def test_quantised_layers_are_packed_as_codes(quantised, tmp_path, caplog):
+    model = load_sparse(quantised)
+    dense = AutoModelForCausalLM.from_pretrained(quantised)
+    other = copy.deepcopy(dense)
+    assert [(n, m.quantized) for n, m in model.named_modules() if isinstance(m, SparseLinear)] == [
+        (name, True) for name in sorted(packed_names(quantised), key=[n for n, _ in model.named_modules()].index)
+    ]
+    report = sparsify_for_inference(other, prefer="memory")
+    assert {layer.choice for layer in report.layers} == {"int8", "torch"}
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in dense.state_dict().items())
+    (batch,) = tiny_batches(num=1)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+@pytest.mark.parametrize("load", [load_sparse, AutoModelForCausalLM.from_pretrained], ids=["sparse", "dense"])
+def test_saving_a_quantised_model_again_keeps_its_grids(load, quantised, tmp_path, caplog):
+    SparsePruner().save(load(quantised), tmp_path, compressed=True)
+    assert not caplog.messages
+    for name in ("model.safetensors", "quantization/grids.safetensors"):
+        again, wanted = load_file(tmp_path / name), load_file(quantised / name)
+        assert again.keys() == wanted.keys() and all(torch.equal(again[key], wanted[key]) for key in wanted)
+    assert inspect(str(tmp_path))["metadata_is_true"]
+
+
+def test_quantised_layers_without_grids_say_why(quantised, tmp_path):
+    shutil.copytree(quantised, tmp_path / "copy")
+    (tmp_path / "copy" / "quantization" / "grids.safetensors").unlink()
+    layers = SparseLayers(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"))
+    name = "model.layers.0.mlp.up_proj"
+    assert layers.take(f"{name}.weight", AutoModelForCausalLM.from_pretrained(quantised).get_submodule(name).weight)
+    choice = next(layer for layer in layers.put().layers if layer.choice == "sparse" and layer.names == [name])
+    assert choice.reason.startswith("not as int8: the model is quantised, but there is no")
 
 
 def test_it_is_not_pruned_further(pruned):

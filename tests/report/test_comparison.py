@@ -70,6 +70,13 @@ def test_other_machines_are_named():
     assert "different machines" in compare_reports(reports).notes[0]
 
 
+def test_other_settings_are_named():
+    reports = {"a": report(12.5, 10, 31.0), "b": report(12.5, 10, 20.0)}
+    reports["b"].bench.update(dtype="float32", prompt_tokens=1)
+    (note,) = compare_reports(reports).notes
+    assert note == "Speeds were measured with different dtype, prompt_tokens, and cannot be compared."
+
+
 @pytest.mark.parametrize(
     ("smaller", "best"), [(True, ["tiny", "small", "good"]), (False, ["good", "large"])], ids=["size", "speed"]
 )

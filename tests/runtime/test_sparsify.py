@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparsePruner, sparsify_for_inference
 from optimum_sparse.commands.inspect import inspect
-from optimum_sparse.runtime import SparseLinear, gpu, kernels, semi_structured, sparsify
+from optimum_sparse.report import read_report
+from optimum_sparse.runtime import DenseLinear, SparseLinear, gpu, kernels, semi_structured, sparsify
 from optimum_sparse.saving import GRIDS_FILE
 
 from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
@@ -259,6 +260,53 @@ def test_why_a_quantised_model_keeps_its_type():
     model, pruner = quantized(torch.float16)
     report = sparsify_for_inference(model, prefer="memory", grids=pruner.grids)
     assert choices(report) == {"sparse"} and "no kernels for codes in torch.float16" in str(report)
+
+
+def test_grids_of_other_names():
+    model, pruner = quantized()
+    with pytest.raises(
+        ValueError, match=r"grids are of 14 matrices \(model\.layers.* no layer has one of these names"
+    ):
+        sparsify_for_inference(model.model, prefer="memory", grids=pruner.grids)
+    some = {name: grid for name, grid in pruner.grids.items() if "q_proj" not in name}
+    report = sparsify_for_inference(model, prefer="memory", grids=some)
+    (left,) = (layer for layer in report.layers if layer.choice == "sparse")
+    assert (
+        left.names == ["model.layers.{0-1}.self_attn.q_proj"] and left.reason == "not as int8: there is no grid for it"
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_weights_of_any_strides(batch_size: int):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(2)))
+    model[0].weight = nn.Parameter(model[0].weight.detach().T)
+    model[1].weight.data[torch.rand(64, 64) < 0.9] = 0
+    model[1].bias = nn.Parameter(torch.randn(64, 2)[:, 0])
+    x = torch.randn(batch_size, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for prefer in ("speed", "memory"):
+            sparsify_for_inference(model, batch_size, prefer)
+            torch.testing.assert_close(model(x), expected)
+    assert isinstance(model[1], SparseLinear | DenseLinear)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_no_layer_of_the_runtime_is_pruned(method: str):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = DenseLinear.from_linear(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"1 layers are for inference, among them model\.layers\.1\.mlp\.up_proj"):
+        SparsePruner(method=method, progress=False).prune(model, dataset=tiny_batches())
+
+
+def test_a_packed_model_is_saved_as_large_as_it_would_be(tmp_path: Path):
+    model, pruner = tiny_model("llama"), SparsePruner(method="magnitude", sparsity=0.5, progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path / "before")
+    sparsify_for_inference(model, prefer="memory")
+    pruner.save(model, tmp_path / "after")
+    sizes = [read_report(tmp_path / name).sizes for name in ("before", "after")]
+    assert sizes[0] == sizes[1] and sizes[0]["dense"] > 0
 
 
 def test_models_that_are_not_quantised_need_no_grids(tmp_path: Path):
