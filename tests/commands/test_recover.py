@@ -169,8 +169,9 @@ def test_every_tensor_keeps_its_type(method, folders):
     """Rotary frequencies are in fp32 even in a bf16 model, and some experts' biases are, too."""
     model = pruned_model().to(torch.bfloat16)
     scales = torch.tensor([1.0, 1.00033])
-    model.model.register_buffer("scales", scales)
-    frequencies = model.model.rotary_emb.inv_freq = torch.linspace(0.123456789, 1, 4)
+    model.model.register_buffer("scales", scales.clone())
+    frequencies = torch.linspace(0.123456789, 1, 4)
+    model.model.rotary_emb.inv_freq = frequencies.clone()
     model = (
         recover_module.recover(
             model,
@@ -183,6 +184,7 @@ def test_every_tensor_keeps_its_type(method, folders):
         )
         and model
     )
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     saved = load_file(folders / "out" / "model.safetensors")
     assert torch.equal(saved["model.scales"], scales)

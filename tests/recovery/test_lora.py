@@ -125,8 +125,8 @@ def test_what_a_layer_puts_out_can_be_changed_in_place():
     """As some models do: `linear(x) += ...`."""
     gradients = []
     for change in (torch.Tensor.add_, torch.Tensor.add):
-        peft_model = masked(pruned_model().double(), target_modules=["q_proj"])
-        layer = peft_model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        peft_model = masked(pruned_model("gpt2").double(), target_modules=["c_fc"])
+        layer = peft_model.get_submodule("base_model.model.transformer.h.0.mlp.c_fc")
         layer.register_forward_hook(lambda module, args, output, change=change: change(output, 0.1))
         loss_of(peft_model, TOKENS[0]).backward()
         gradients.append({n: p.grad for n, p in peft_model.named_parameters() if "lora_" in n})
