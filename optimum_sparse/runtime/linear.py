@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
         return kind((self.out_features, self.in_features), *(getattr(self, name) for name in _PARTS[kind]))
 
     @property
-    def weight(self) -> PackedWeight:
+    def weight(self) -> torch.Tensor:
         """The dense weight `[out_features, in_features]`, unpacked anew by whatever reads it; it cannot be changed."""
         return PackedWeight(self.tiles)
 
