@@ -242,9 +242,13 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
     """
     now = {name for folded in record["matrices"] for name in expand_name(folded)}
     matrices = dict(record["matrices"])
-    for folded, entry in earlier["matrices"].items():
-        for others in fold_names([name for name in expand_name(folded) if name not in now]):
-            matrices[others] = _recounted(model, expand_name(others), entry)
+    try:
+        for folded, entry in earlier["matrices"].items():
+            for others in fold_names([name for name in expand_name(folded) if name not in now]):
+                matrices[others] = _recounted(model, expand_name(others), entry)
+    except ValueError as error:
+        logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
+        matrices = dict(record["matrices"])
     # Where it comes from is what it was before that.
     base = {name: earlier.get(name) for name in ("base_model", "base_revision")}
     return {**record, **base, "matrices": matrices, "achieved_sparsity": _achieved(matrices)}

@@ -233,6 +233,15 @@ def test_what_was_pruned_before_and_not_now_stays_in_the_record(tmp_path):
     assert set(find_masks(AutoModelForCausalLM.from_pretrained(tmp_path))) == {f"{name}.weight" for name in names}
 
 
+def test_an_earlier_record_of_another_class_is_left_out(caplog):
+    model = tiny_model()
+    pruned(model, method="magnitude")
+    base = model.model  # whose modules have other names
+    pruned(base, method="magnitude", sparsity=0.7, targets=["*.mlp.*"])
+    assert "left out of the record, which is of another model" in caplog.text
+    assert all(name.startswith("layers.") for name in base.config.sparsity_config["matrices"])
+
+
 @pytest.mark.parametrize("record", [{"format": "sparse-bitmask"}, "2:4"], ids=str)
 def test_records_of_others_say_nothing(record):
     model = tiny_model()

@@ -87,7 +87,7 @@ class SparseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             return self._autocast(x)
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return _Product.apply(x, self.bias, self.tiles)
+            return _product(x, self.bias, self.tiles)
         parts = self._buffers  # at once: the look-up of an attribute that is a buffer takes long
         if "codes" in parts:
             return ops.quantized_linear(
@@ -113,7 +113,7 @@ class SparseLinear(nn.Module):
             x = x.to(dtype)
             if dtype == self.weight.dtype and (self.bias is None or self.bias.dtype == dtype):
                 return self(x)
-            return _Product.apply(x, None if self.bias is None else self.bias.to(dtype), self.tiles)
+            return _product(x, None if self.bias is None else self.bias.to(dtype), self.tiles)
 
     def train(self, mode: bool = True) -> Self:
         """As that of `nn.Module`; says once that training does not reach the weight."""
@@ -149,8 +149,14 @@ class SparseLinear(nn.Module):
             unexpected_keys.remove(key)
 
 
-class _Product(torch.autograd.Function):
+def _product(x: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles | QuantizedTiles) -> torch.Tensor:
     """`F.linear` with a packed weight, which stays packed until gradients come back through it."""
+    # Of rows, what comes out is no view, and can be changed in place.
+    return _Product.apply(x.reshape(-1, x.shape[-1]), bias, tiles).view(*x.shape[:-1], tiles.shape[0])
+
+
+class _Product(torch.autograd.Function):
+    """`x` is `[tokens, in_features]`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles | QuantizedTiles) -> torch.Tensor:
@@ -161,7 +167,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, needs_bias, _ = ctx.needs_input_grad
         along = gradient @ ctx.tiles.unpack().to(gradient.dtype) if needs_x else None
-        return along, gradient.flatten(0, -2).sum(dim=0) if needs_bias else None, None
+        return along, gradient.sum(dim=0) if needs_bias else None, None
 
 
 @lru_cache

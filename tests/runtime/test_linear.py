@@ -52,10 +52,18 @@ def test_gradients_flow_to_the_inputs(form: type):
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 200])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_bias_can_be_trained(form: type, tokens: int):
-    dense, x = linear(), inputs(3, tokens, 70)[:1]
+@pytest.mark.parametrize("shape", [(70,), (2, 70), (2, 3, 70)], ids=str)
+def test_outputs_can_be_changed_in_place(form: type, shape: tuple[int, ...]):
+    dense, x = linear(), inputs(*shape).requires_grad_()
+    gradients = [torch.autograd.grad(layer(x).mul_(2).sum(), x)[0] for layer in (dense, form.from_linear(dense))]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 1, 70), (1, 2, 70), (1, 200, 70)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_can_be_trained(form: type, shape: tuple[int, ...]):
+    dense, x = linear(), inputs(*shape)
     dense.weight.requires_grad_(False)
     layer = form.from_linear(dense)
     assert layer.bias is not dense.bias or form is DenseLinear
