@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sparse import SparseConfig, SparsePruner, run
+from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.matrices import find_matrices
 from optimum_sparse.metadata import expand_name, matrix_of
 from optimum_sparse.patterns import num_pruned
@@ -230,6 +231,7 @@ def test_what_was_pruned_before_and_not_now_stays_in_the_record(tmp_path):
         name for name in names if "self_attn" in name and not name.endswith("1.self_attn.q_proj")
     }
     pruner.save(model, tmp_path)
+    assert inspect(str(tmp_path))["metadata_is_true"]
     assert set(find_masks(AutoModelForCausalLM.from_pretrained(tmp_path))) == {f"{name}.weight" for name in names}
 
 

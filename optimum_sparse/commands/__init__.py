@@ -88,9 +88,9 @@ def check_output(output: Path, source: Path | None, name: str) -> None:
     if source is not None and output.exists() and output.samefile(source):
         raise ValueError(f"OUT is {name} ({output}): give another folder, it is not overwritten.")
     file = output / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    packed = (config.get("quantization_config") or {}).get("quant_method") == PACKED
-    if config and "sparsity_config" not in config and not packed:
+    config = read_json(file) if file.is_file() else None
+    packed = config is not None and (config.get("quantization_config") or {}).get("quant_method") == PACKED
+    if config is not None and "sparsity_config" not in config and not packed:
         raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
     check_writable(output)
 

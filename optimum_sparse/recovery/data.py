@@ -79,12 +79,15 @@ def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, seqlen: int
         ValueError: The columns are others, or there is too little text.
     """
     columns = set(rows[0])
-    _check_rows(rows, columns)
     if "text" in columns:
+        _check_column(rows, "text", {str: "text"})
         examples = _pieces((row["text"] for row in rows), tokenizer, seqlen)
     elif columns >= {"prompt", "completion"}:
+        for name in ("prompt", "completion"):
+            _check_column(rows, name, {str: "text", list: "a list of messages"})
         examples = [_completion(row["prompt"], row["completion"], tokenizer) for row in rows]
     elif "messages" in columns:
+        _check_column(rows, "messages", {list: "a list of messages"})
         examples = [_learned(_conversation(row["messages"], tokenizer)) for row in rows]
     else:
         raise ValueError(
@@ -100,15 +103,12 @@ def tokenize_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, seqlen: int
     return examples
 
 
-def _check_rows(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
-    """Raise a `ValueError` if a row lacks what is read of it."""
-    for name in {"text", "prompt", "completion", "messages"}.intersection(columns):
-        kinds, wanted = {"text": ((str,), "text"), "messages": ((list,), "a list of messages")}.get(
-            name, ((str, list), "text or a list of messages")
-        )
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get(name), kinds):
-                raise ValueError(f"Row {number} of the dataset has {row.get(name)!r:.50} as {name!r}: give {wanted}.")
+def _check_column(rows: Sequence[Mapping[str, Any]], name: str, kinds: Mapping[type, str]) -> None:
+    """Raise a `ValueError` if a row has nothing of these kinds in a column that is read."""
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get(name), tuple(kinds)):
+            wanted = " or ".join(kinds.values())
+            raise ValueError(f"Row {number} of the dataset has {row.get(name)!r:.50} as {name!r}: give {wanted}.")
 
 
 def _pieces(texts: Iterable[str], tokenizer: Any, seqlen: int) -> list[dict[str, list[int]]]:

@@ -177,8 +177,9 @@ class MaskedParamWrapper(ParamWrapper):
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The masked update of one adapter, in the layout of the parameter."""
-        delta = super().get_delta_weight(adapter_name, *args, **kwargs).view(self.get_param().shape)
-        return delta.mul_(self.mask.to(delta.device).expand(delta.dtype))
+        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
+        kept = self.mask.to(delta.device).expand(delta.dtype)
+        return delta.view_as(kept).mul_(kept)  # of a single expert, PEFT gives two dimensions
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -202,7 +203,7 @@ class MaskedParamWrapper(ParamWrapper):
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self.num_experts == 1:
             left, right = self.lora_B[adapter].weight * self.scaling[adapter], self.lora_A[adapter].weight
-            return (left, right) if self.get_param().ndim == 2 else (left[None], right[None])  # a single expert
+            return (left, right) if len(self.mask.shape) == 2 else (left[None], right[None])  # a single expert
         left, right, scaling = self.get_delta_factors(adapter)
         return left * scaling, right
 

@@ -132,7 +132,7 @@ def compare_reports(reports: Mapping[str, SparsityReport]) -> Comparison:
     differing = [
         name
         for name in ("dtype", "prefer", "prompt_tokens", "new_tokens")
-        if len({report.bench.get(name) for report in reports.values() if report.bench}) > 1
+        if len({report.bench[name] for report in reports.values() if report.bench and name in report.bench}) > 1
     ]
     if differing:
         notes.append(f"Speeds were measured with different {', '.join(differing)}, and cannot be compared.")

@@ -135,13 +135,11 @@ class SparseLinear(nn.Module):
         _, strict, missing_keys, unexpected_keys, error_msgs = args
         key = prefix + "weight"
         if key in state_dict:
-            shape = (self.out_features, self.in_features)
-            if state_dict[key].shape != shape:
-                error_msgs.append(f"{key} has the shape {tuple(state_dict[key].shape)}, and the layer {shape}.")
+            now, value = self.weight, state_dict[key]
+            if value.shape != now.shape:
+                error_msgs.append(f"{key} has the shape {tuple(value.shape)}, and the layer {tuple(now.shape)}.")
             else:
-                tiles = self.tiles
-                like = tiles.like if isinstance(tiles, QuantizedTiles) else tiles.values
-                self._set(Tiles.pack(state_dict[key].to(like)))
+                self._set(Tiles.pack(value.to(now.device, now.dtype)))
         elif strict:
             missing_keys.append(key)
         super()._load_from_state_dict(state_dict, prefix, *args)

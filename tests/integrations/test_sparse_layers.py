@@ -259,7 +259,7 @@ def quantised(tmp_path_factory) -> Path:
     return folder
 
 
-def test_quantised_layers_are_packed_as_codes(quantised, tmp_path, caplog):
+def test_quantised_layers_are_packed_as_codes(quantised):
     model = load_sparse(quantised)
     dense = AutoModelForCausalLM.from_pretrained(quantised)
     other = copy.deepcopy(dense)

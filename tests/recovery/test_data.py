@@ -109,6 +109,9 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"data\.csv' is a file of an unknown kind: give \.jsonl"):
             read_rows(tmp_path / "data.csv")
 
+    def test_columns_that_are_not_read_may_hold_anything(self, tokenizer):
+        assert tokenize_rows([{"text": "abcdefgh", "prompt": None, "messages": 3}] * 3, tokenizer, 4)
+
     @pytest.mark.parametrize(
         ("row", "message"),
         [

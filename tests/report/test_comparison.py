@@ -72,7 +72,9 @@ def test_other_machines_are_named():
 
 def test_other_settings_are_named():
     reports = {"a": report(12.5, 10, 31.0), "b": report(12.5, 10, 20.0)}
-    reports["b"].bench.update(dtype="float32", prompt_tokens=1)
+    reports["b"].bench.update(dtype="float32", prefer="speed")
+    assert compare_reports(reports).notes == []  # of an older report it is not known
+    reports["a"].bench.update(dtype="bfloat16", prompt_tokens=1, prefer="speed")
     (note,) = compare_reports(reports).notes
     assert note == "Speeds were measured with different dtype, prompt_tokens, and cannot be compared."
 
