@@ -150,5 +150,5 @@ def keep_all_but(scores: torch.Tensor, count: int) -> torch.Tensor:
         return torch.cat([keep_all_but(part, count) for part in scores.split(height)])
     threshold = kth_smallest(scores, count)
     below, tied = scores < threshold, scores == threshold
-    room = count - below.sum(dim=1, keepdim=True)
+    room = count - below.sum(dim=1, keepdim=True, dtype=torch.int32)  # comparing other types makes a copy
     return ~(below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room)))

@@ -13,10 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 CAUSAL_LM_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-_ASSISTANT = (
-    "all its layers take keys and values from another model, and Transformers 5.23 refuses to build that: "
-    "`kv_sharing_modes` wants a layer of each kind that makes its own"
-)
+_ASSISTANT = "drafts for another model: its forward takes keys, values and hidden states of that one, not tokens"
 # model type -> why there is no model of it here
 MISSING: dict[str, str] = {
     "gemma3n": "its vision tower needs the packages timm and pillow; its text tower is gemma3n_text",
@@ -56,8 +53,8 @@ _LIMITS = {
     "shared_experts_intermediate_size",
     64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_ff dff d_inner d_ff mlp_dim "
     "feed_forward_size dense_intermediate_size intermediate_size_mlp",
-    VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input max_position_embeddings n_positions n_ctx "
-    "max_seq_len model_max_length context_length max_source_positions max_target_positions",
+    VOCABULARY: "vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input max_position_embeddings "
+    "n_positions n_ctx max_seq_len model_max_length context_length max_source_positions max_target_positions",
 }
 _AT_MOST = {
     **{field: limit for limit, fields in _LIMITS.items() for field in fields.split()},

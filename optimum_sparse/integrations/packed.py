@@ -97,10 +97,15 @@ class PackedQuantizer(HfQuantizer):
         take = None if self._layers is None else self._layers.take
         return conversions_for_parts(weight_conversions, self._packed, take)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Leave nothing of this on the model but the rules that a dense checkpoint leaves, which saving undoes."""
         from .unpacking import originals
 
-        model._weight_conversions = originals(model._weight_conversions)
+        rules = originals(model._weight_conversions)  # transformers 5.24 removes them, too
+        super().remove_quantization_config(model)
+        model._weight_conversions = rules
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._layers is not None:
             model.runtime_report = self._layers.put()
         return model
