@@ -117,10 +117,18 @@ def test_operations_of_a_model_do_not_see_the_parts():
 def test_nothing_of_a_quantizer_is_left(llama):
     model, dense = (AutoModelForCausalLM.from_pretrained(folder) for folder in llama)
     assert not hasattr(model, "hf_quantizer") and not model.is_quantized
-    assert vars(model).keys() - vars(dense).keys() <= {"is_quantized"}
+    assert vars(model).keys() ^ vars(dense).keys() <= {"is_quantized"}
     assert {**model.config.to_dict(), "_name_or_path": None} == {**dense.config.to_dict(), "_name_or_path": None}
     assert not hasattr(model.config, "_is_quantized")
     model.to("cpu").half()
+
+
+def test_the_rules_for_saving_are_those_of_a_dense_checkpoint(mixtral):
+    rules = [
+        [(type(rule), rule.source_patterns, rule.target_patterns) for rule in model._weight_conversions]
+        for model in (AutoModelForCausalLM.from_pretrained(folder) for folder in mixtral)
+    ]
+    assert rules[0] == rules[1] != []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
