@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(smollm2(), args.dtype)
     windows = calibration_windows(args.data, tokenizer, CALIBRATION_WINDOWS)
-    print(f"{'':<6} {'matrices':>8} {'mean error, %: sparsegpt':>25} {'admm':>6}  {'admm / sparsegpt':>17} {'largest':>8}")
+    print(f"{'':<6} {'matrices':>8} {'sparsegpt, %':>13} {'admm, %':>8} {'admm / sparsegpt':>17} {'largest':>8}")
     rows = [measure(target, model, windows, args.equal_tokens) for target in select(TARGETS, args.only)]
     settings = {"equal_tokens": args.equal_tokens, "dtype": args.dtype, "calibration_windows": len(windows)}
     write_json(args.json, {"machine": machine(args.threads), "settings": settings, "rows": rows})
@@ -65,9 +66,8 @@ def measure(target: str, dense: Any, windows: torch.Tensor, equal_tokens: bool) 
             errors[name] += [(part.sum() / whole.sum()).item() for part, whole in parts]
         return solution
 
-    pruner = SparsePruner(
-        method="sparsegpt", equal_tokens=equal_tokens, num_samples=len(windows), progress=False, **TARGETS[target]
-    )
+    options = {"method": "sparsegpt", "equal_tokens": equal_tokens, **TARGETS[target]}
+    pruner = SparsePruner(num_samples=len(windows), progress=sys.stderr.isatty(), **options)
     with patch.dict(METHODS, {"sparsegpt": replace(METHODS["sparsegpt"], solve=solve)}):
         pruner.prune(copy.deepcopy(dense), dataset={"input_ids": windows})
     matrices = [
@@ -77,8 +77,8 @@ def measure(target: str, dense: Any, windows: torch.Tensor, equal_tokens: bool) 
     count, largest = len(matrices), max(matrices, key=lambda row: row["ratio"])
     means = {key: sum(row[key] for row in matrices) / count for key in ("sparsegpt", "admm", "ratio")}
     print(
-        f"{target:<6} {count:>8} {100 * means['sparsegpt']:>25.3f} {100 * means['admm']:>6.3f}  {means['ratio']:>17.3f} "
-        f"{largest['ratio']:>8.3f}  {largest['name']}",
+        f"{target:<6} {count:>8} {100 * means['sparsegpt']:>13.3f} {100 * means['admm']:>8.3f} "
+        f"{means['ratio']:>17.3f} {largest['ratio']:>8.3f} {largest['name']}",
         flush=True,
     )
     return {"target": target, **{f"mean_{key}": value for key, value in means.items()}, "matrices": matrices}
