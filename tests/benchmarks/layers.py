@@ -64,7 +64,7 @@ def measure(target: str, dense: Any, windows: torch.Tensor, equal_tokens: bool) 
             lost = statistics.output_energy(weight - solution.weight)
             parts = zip(lost.split(list(rows)), energy.split(list(rows)), strict=True)
             errors[name] += [(part.sum() / whole.sum()).item() for part, whole in parts]
-        return solution
+        return solution  # the last, SparseGPT's: the run goes on as one of its own
 
     options = {"method": "sparsegpt", "equal_tokens": equal_tokens, **TARGETS[target]}
     pruner = SparsePruner(num_samples=len(windows), progress=sys.stderr.isatty(), **options)
