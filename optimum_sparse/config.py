@@ -26,13 +26,15 @@ COMPARISON_GROUPS = ("output", "layer")
 # The methods in which weights compete within what `comparison_group` says.
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
+# The methods that round to a grid as they go.
+ROUNDING_METHODS = ("sparsegpt", "magnitude-update", "wanda-update")
 QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
 ALLOCATIONS = ("owl", "dlp", "error", "loss")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "admm", "iterations": 8},
     "balanced": {"method": "admm", "iterations": 10, "allocation": "loss"},
-    "best": {"method": "admm", "iterations": 24, "allocation": "loss", "error_correction": 0.5, "reconstruct": 3},
+    "best": {"method": "admm", "iterations": 24, "allocation": "loss", "error_correction": 0.25, "reconstruct": 3},
 }
 OVERRIDE_KEYS = ("match", "sparsity", "pattern")
 
@@ -108,6 +110,11 @@ class SparseConfig:
         "the inputs of each token are scaled to the same norm, so that a few large ones do not decide alone (default: "
         "for admm)",
     )
+    rescale: bool | None = _option(
+        None,
+        "each output of a layer is scaled to be as large over the calibration tokens as before pruning (default: for "
+        "admm)",
+    )
     iterations: int = _option(8, "admm: how often weights and mask take turns, a product with the Gram matrix each")
     true_sequential: bool | None = _option(
         None,
@@ -170,7 +177,7 @@ class SparseConfig:
         for name in ("pack_documents", "calibrate_all_experts", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        for name in ("true_sequential", "equal_tokens"):
+        for name in ("true_sequential", "equal_tokens", "rescale"):
             if not isinstance(getattr(self, name), (bool, NoneType)):
                 raise TypeError(f"{name} must be true, false or None, got {getattr(self, name)!r}.")
         _check_choice("method", self.method, METHOD_NAMES)
@@ -185,6 +192,7 @@ class SparseConfig:
             _check_choice("refine", self.refine, REFINEMENTS)
         self._check_by_block()
         self._check_quantization()
+        self._check_rescale()
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
         object.__setattr__(self, "dataset", _dataset(self.dataset))
@@ -228,6 +236,15 @@ class SparseConfig:
                 f"group_size={self.group_size!r} and symmetric={self.symmetric!r} are those of a quantization: choose "
                 f"one of {', '.join(QUANTIZATIONS)}, or leave them out."
             )
+
+    def _check_rescale(self) -> None:
+        why = None
+        if self.method == "magnitude" and self.refine is None:
+            why = "method='magnitude', which sees no data"
+        elif self.method in ROUNDING_METHODS and self.quantization is not None:
+            why = f"quantization={self.quantization!r} with {self.method}: what it leaves is on the grid already"
+        if self.rescale and why:
+            raise ValueError(f"rescale=True does not go with {why}. Leave one of them out.")
 
     def _check_allocation(self) -> None:
         if self.allocation is None:

@@ -18,6 +18,7 @@ from .methods import METHODS, Solution, statistics_for
 from .methods.correction import corrected_target
 from .methods.quantize import quantize
 from .methods.refine import refine
+from .methods.rescale import rescale
 from .methods.threads import one_thread
 from .offload import Residency
 from .patterns import SharedRows
@@ -159,6 +160,7 @@ class Solver:
         if gather is not None:
             rows = SharedRows(sizes, self._processes.share(len(weight)), gather)
             weight = weight[rows.own]
+        energy = None if statistics is None else statistics.output_energy(weight)
         try:
             target = weight
             if correction:
@@ -173,14 +175,16 @@ class Solver:
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)
                 solution = refine(self._config.refine, solution, target, statistics, stack[0].pattern, self._config)
+            if self._method.rescale if self._config.rescale is None else self._config.rescale:
+                assert statistics is not None and energy is not None
+                rescale(solution, energy, statistics)
             if self._config.quantization and solution.grid is None:
                 solution = quantize(solution, statistics, stack[0].pattern, self._config)
         except ValueError as error:
             raise ValueError(f"{names}: {error}.") from error
         errors: list[float | None] = [None] * len(stack)
         solution = replace(solution, weight=solution.weight.to(stack[0].parameter.dtype))
-        if statistics is not None:
-            energy = statistics.output_energy(weight)
+        if statistics is not None and energy is not None:
             lost = statistics.output_energy(weight.sub_(solution.weight))
             if gather is not None:
                 energy, lost = gather(energy), gather(lost)

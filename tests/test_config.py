@@ -68,6 +68,8 @@ def test_every_field_has_a_help_text():
         ({"dataset": ["", "  "]}, "empty"),
         ({"overrides": [{"match": "k_proj"}]}, "changes nothing"),
         ({"overrides": [{"match": "k_proj", "sparsity": 2}]}, "got 2"),
+        ({"rescale": True, "method": "magnitude"}, "does not go with method='magnitude', which sees no data"),
+        ({"rescale": True, "method": "sparsegpt", "quantization": "int4"}, "is on the grid already"),
         ({"overrides": [{"match": "k_proj", "sparsty": 0.2}]}, "did you mean 'sparsity'"),
     ],
 )
@@ -83,6 +85,7 @@ def test_bad_values_are_refused_with_a_reason(options, message):
         {"seed": "0"},
         {"true_sequential": "no"},
         {"equal_tokens": 1},
+        {"rescale": "yes"},
         {"iterations": 2.5},
         {"dataset": 3},
         {"dataset": [[1, 2]]},

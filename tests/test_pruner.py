@@ -91,6 +91,30 @@ def test_all_tokens_count_alike_by_default_for_admm_only(method: str, alike: boo
     assert torch.equal(weights[None], weights[alike]) and not torch.equal(weights[None], weights[not alike])
 
 
+@pytest.mark.parametrize(("method", "rescaled"), [("admm", True), ("sparsegpt", False), ("wanda", False)])
+def test_outputs_stay_as_large_by_default_for_admm_only(method: str, rescaled: bool):
+    """The inputs of the first block are those of the dense model, so that they can be compared."""
+    name, inputs = "model.layers.0.self_attn.v_proj", []
+    dense = tiny_model()
+    dense.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, -2)))
+    for batch in tiny_batches():
+        with torch.no_grad():
+            dense(**batch)
+    outputs = torch.cat(inputs).double()
+    ratios, weights = {}, {}
+    for choice in (None, True, False):
+        model = tiny_model()
+        pruned(model, method=method, rescale=choice, equal_tokens=False)
+        weights[choice] = model.get_submodule(name).weight
+        after, before = (outputs @ w.double().T for w in (weights[choice], dense.get_submodule(name).weight))
+        ratios[choice] = (after.norm(dim=0) / before.norm(dim=0)).detach()
+    assert torch.equal(weights[None], weights[rescaled]) and not torch.equal(weights[None], weights[not rescaled])
+    assert torch.equal(weights[True] == 0, weights[False] == 0)
+    assert (ratios[False] - 1).abs().max() > 0.01
+    if method != "wanda":  # which knows of norms only
+        torch.testing.assert_close(ratios[True], torch.ones_like(ratios[True]), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("slower", [1.5, 7.0])
 def test_a_cpu_that_is_slow_in_half_precision_is_named(monkeypatch, capsys, slower: float):
     monkeypatch.setattr(run, "half_penalty", lambda dtype: slower)

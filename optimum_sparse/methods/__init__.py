@@ -38,6 +38,7 @@ class Method:
             way of what it gathers.
         sweeps: Whether it goes over the columns one by one, for which there is a kernel on GPUs.
         equal_tokens: Whether all tokens count alike if `equal_tokens` does not say.
+        rescale: Whether outputs stay as large as they are if `rescale` does not say.
         group: Which weights compete if `comparison_group` does not say: those of one `"output"`, or of the `"layer"`.
         memory: Bytes that it takes for each weight and for each entry of the Gram matrix, besides the latter and the
             weights in the model. Measured: see tests/test_plan.py.
@@ -49,6 +50,7 @@ class Method:
     apart: bool = False
     sweeps: bool = False
     equal_tokens: bool = False
+    rescale: bool = False
     group: str = "layer"
     memory: tuple[float, float] = field(kw_only=True)
 
@@ -67,7 +69,9 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda.solve, NormStatistics, apart=True, group="output", memory=(16, 0)),
     "ria": Method(ria.solve, NormStatistics, memory=(23, 0)),
     "sparsegpt": Method(sparsegpt.solve, GramStatistics, apart=True, sweeps=True, memory=(17, 5)),
-    "admm": Method(admm.solve, GramStatistics, parallel=True, apart=True, equal_tokens=True, memory=(31, 15)),
+    "admm": Method(
+        admm.solve, GramStatistics, parallel=True, apart=True, equal_tokens=True, rescale=True, memory=(31, 15)
+    ),
     "sparsegpt-reference": Method(sparsegpt_reference.solve, GramStatistics, memory=(10, 13)),
     "magnitude-update": Method(update.solve_magnitude, GramStatistics, apart=True, sweeps=True, memory=(19, 5)),
     "wanda-update": Method(

@@ -6,6 +6,7 @@
 - `seqlen`: tokens per window, 128 to 2,048, the same number of tokens in all;
 - `source`: validation text, C4, text that the model itself generates;
 - `tokens`: whether all tokens count alike;
+- `rescale`: whether outputs are made as large as before;
 - `iterations`: of ADMM;
 - `allocation`: of the zeros to the matrices;
 - `quantization`: of the weights that stay.
@@ -30,7 +31,18 @@ from optimum_sparse.loading import load_model
 
 # Windows of C4 that may calibrate; the text behind them evaluates.
 C4_WINDOWS = 200
-KINDS = ("metric", "samples", "damping", "seqlen", "source", "tokens", "iterations", "allocation", "quantization")
+KINDS = (
+    "metric",
+    "samples",
+    "damping",
+    "seqlen",
+    "source",
+    "tokens",
+    "rescale",
+    "iterations",
+    "allocation",
+    "quantization",
+)
 
 # Name, options of `SparseConfig`, and calibration windows.
 Rows = Iterator[tuple[str, dict[str, Any], torch.Tensor]]
@@ -59,6 +71,7 @@ def main() -> None:
         "seqlen": lambda: seqlen(windows),
         "source": lambda: source(windows, others, model),
         "tokens": lambda: equal_tokens(windows),
+        "rescale": lambda: rescale(windows),
         "iterations": lambda: iterations(windows),
         "allocation": lambda: allocation(windows),
         "quantization": lambda: quantization(windows),
@@ -117,6 +130,12 @@ def equal_tokens(windows: torch.Tensor) -> Rows:
     for method, equal in product(("wanda", "sparsegpt", "admm"), (False, True)):
         name = f"{method}, {'all alike' if equal else 'as they are'}"
         yield name, {"method": method, "equal_tokens": equal}, windows
+
+
+def rescale(windows: torch.Tensor) -> Rows:
+    """Outputs as small as they become, or as large as before."""
+    for method, scaled in product(("wanda", "sparsegpt", "admm"), (False, True)):
+        yield f"{method}, {'as large' if scaled else 'as they are'}", {"method": method, "rescale": scaled}, windows
 
 
 def iterations(windows: torch.Tensor) -> Rows:

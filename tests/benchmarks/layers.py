@@ -22,6 +22,7 @@ from quality import TARGETS
 from optimum_sparse import SparseConfig, SparsePruner
 from optimum_sparse.loading import load_model
 from optimum_sparse.methods import METHODS, Solution
+from optimum_sparse.methods.rescale import rescale
 from optimum_sparse.patterns import Pattern
 from optimum_sparse.statistics import GramStatistics
 
@@ -61,6 +62,8 @@ def measure(target: str, dense: Any, windows: torch.Tensor, equal_tokens: bool) 
         energy = statistics.output_energy(weight)
         for name, method in COMPARED.items():
             solution = method.solve(weight.clone(), statistics, pattern, replace(config, method=name), rows)
+            if method.rescale:
+                rescale(solution, energy, statistics)
             lost = statistics.output_energy(weight - solution.weight)
             parts = zip(lost.split(list(rows)), energy.split(list(rows)), strict=True)
             errors[name] += [(part.sum() / whole.sum()).item() for part, whole in parts]

@@ -49,6 +49,7 @@ EVERY_FIELD = {
     "block_size": ("--block-size 64", 64),
     "dampening_frac": ("--dampening-frac 0.1", 0.1),
     "equal_tokens": ("--equal-tokens", True),
+    "rescale": ("--rescale", True),
     "iterations": ("--iterations 24", 24),
     "true_sequential": ("--no-true-sequential", False),
     "min_expert_tokens": ("--min-expert-tokens 32", 32),
