@@ -111,6 +111,7 @@ def measure(
 ) -> dict[str, Any]:
     """Prune a copy of the dense model, evaluate it on all texts, print the line of the table and return it."""
     model, phases, seconds, processor = copy.deepcopy(dense), {}, 0.0, 0.0
+    correction: dict[str, dict[str, float]] = {}
     progress = sys.stderr.isatty()
     if options:
         number, length = windows.shape
@@ -119,7 +120,7 @@ def measure(
         start, used = time.perf_counter(), time.process_time()
         pruner.prune(model, dataset={"input_ids": windows})
         seconds, processor = time.perf_counter() - start, time.process_time() - used
-        phases = pruner.report.seconds
+        phases, correction = pruner.report.seconds, pruner.report.correction
     values = {
         text: perplexity(model, tokens, SEQLEN, evaluation_windows, progress=progress).value
         for text, tokens in texts.items()
@@ -132,7 +133,7 @@ def measure(
         flush=True,
     )
     times = {"seconds": seconds, "processor_seconds": processor, "phases": phases}
-    return {"name": name, "options": options, "perplexity": values, **times}
+    return {"name": name, "options": options, "perplexity": values, **times, "correction": correction}
 
 
 if __name__ == "__main__":
