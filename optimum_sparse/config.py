@@ -26,8 +26,6 @@ COMPARISON_GROUPS = ("output", "layer")
 # The methods in which weights compete within what `comparison_group` says.
 GROUPED_METHODS = ("magnitude", "wanda", "ria", "admm", "magnitude-update", "wanda-update")
 REFINEMENTS = ("cg", "swaps")
-# The methods that round to a grid as they go.
-ROUNDING_METHODS = ("sparsegpt", "magnitude-update", "wanda-update")
 QUANTIZATIONS = tuple(f"int{bits}" for bits in range(2, 9))
 ALLOCATIONS = ("owl", "dlp", "error", "loss")
 # Ready-made options, from the least time to the best result; what each gives is measured in docs/benchmarks.md.
@@ -192,7 +190,11 @@ class SparseConfig:
             _check_choice("refine", self.refine, REFINEMENTS)
         self._check_by_block()
         self._check_quantization()
-        self._check_rescale()
+        if self.rescale and self.method == "magnitude" and self.refine is None:
+            raise ValueError(
+                "rescale=True does not go with method='magnitude', which sees no data: leave it out, choose a refine, "
+                "or another method."
+            )
         if not _is_number(self.dampening_frac) or not 0 < self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac must be a number in (0, 1], got {self.dampening_frac!r}.")
         object.__setattr__(self, "dataset", _dataset(self.dataset))
@@ -236,15 +238,6 @@ class SparseConfig:
                 f"group_size={self.group_size!r} and symmetric={self.symmetric!r} are those of a quantization: choose "
                 f"one of {', '.join(QUANTIZATIONS)}, or leave them out."
             )
-
-    def _check_rescale(self) -> None:
-        why = None
-        if self.method == "magnitude" and self.refine is None:
-            why = "method='magnitude', which sees no data"
-        elif self.method in ROUNDING_METHODS and self.quantization is not None:
-            why = f"quantization={self.quantization!r} with {self.method}: what it leaves is on the grid already"
-        if self.rescale and why:
-            raise ValueError(f"rescale=True does not go with {why}. Leave one of them out.")
 
     def _check_allocation(self) -> None:
         if self.allocation is None:

@@ -68,6 +68,13 @@ class Grid:
         """The same grid on another device."""
         return replace(self, scale=self.scale.to(device), zero=self.zero.to(device))
 
+    def scaled(self, factor: torch.Tensor) -> Self:
+        """The grid of weights that are multiplied by a factor, `[rows, 1]`, as nearly as scales can be.
+
+        What is to be on it has the same codes as before.
+        """
+        return replace(self, scale=(self.scale * factor).to(self.scale.dtype))
+
     def split(self, rows: Sequence[int]) -> list[Self]:
         """The grids of stacked matrices."""
         parts = zip(self.scale.split(list(rows)), self.zero.split(list(rows)), strict=True)

@@ -175,11 +175,12 @@ class Solver:
             if self._config.refine:
                 assert isinstance(statistics, GramStatistics)
                 solution = refine(self._config.refine, solution, target, statistics, stack[0].pattern, self._config)
-            if self._method.rescale if self._config.rescale is None else self._config.rescale:
-                assert statistics is not None and energy is not None
-                rescale(solution, energy, statistics)
             if self._config.quantization and solution.grid is None:
                 solution = quantize(solution, statistics, stack[0].pattern, self._config)
+            # After rounding, which makes outputs smaller as well.
+            if self._method.rescale if self._config.rescale is None else self._config.rescale:
+                assert statistics is not None and energy is not None
+                solution = rescale(solution, energy, statistics)
         except ValueError as error:
             raise ValueError(f"{names}: {error}.") from error
         errors: list[float | None] = [None] * len(stack)

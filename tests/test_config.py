@@ -69,7 +69,6 @@ def test_every_field_has_a_help_text():
         ({"overrides": [{"match": "k_proj"}]}, "changes nothing"),
         ({"overrides": [{"match": "k_proj", "sparsity": 2}]}, "got 2"),
         ({"rescale": True, "method": "magnitude"}, "does not go with method='magnitude', which sees no data"),
-        ({"rescale": True, "method": "sparsegpt", "quantization": "int4"}, "is on the grid already"),
         ({"overrides": [{"match": "k_proj", "sparsty": 0.2}]}, "did you mean 'sparsity'"),
     ],
 )

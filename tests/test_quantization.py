@@ -137,6 +137,19 @@ def test_columns_are_rounded_as_the_whole():
     assert torch.equal(rounding.grid.scale, grid_of(weight, quantization="int4", group_size=32).scale)
 
 
+def test_scaled_grid_has_the_same_codes():
+    grid, factor = (
+        grid_of(weights(), quantization="int4", group_size=32),
+        torch.tensor([[0.5], [1.0], [1.1], [1.4], [2.0]]),
+    )
+    scaled = grid.scaled(factor)
+    assert torch.equal(scaled.zero, grid.zero) and scaled.scale.dtype == torch.bfloat16
+    codes = grid.codes(grid.round(weights()))
+    assert torch.equal(scaled.codes(scaled.values(codes)), codes)
+    assert torch.equal(scaled.values(codes)[[0, 1, 4]], (grid.values(codes) * factor)[[0, 1, 4]])
+    torch.testing.assert_close(scaled.values(codes), grid.values(codes) * factor, rtol=2**-8, atol=0)
+
+
 def test_stacked_grids_are_split():
     grid = grid_of(weights(), quantization="int4", group_size=32)
     first, second = grid.split((2, 3))

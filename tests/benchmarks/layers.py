@@ -63,7 +63,7 @@ def measure(target: str, dense: Any, windows: torch.Tensor, equal_tokens: bool) 
         for name, method in COMPARED.items():
             solution = method.solve(weight.clone(), statistics, pattern, replace(config, method=name), rows)
             if method.rescale:
-                rescale(solution, energy, statistics)
+                solution = rescale(solution, energy, statistics)
             lost = statistics.output_energy(weight - solution.weight)
             parts = zip(lost.split(list(rows)), energy.split(list(rows)), strict=True)
             errors[name] += [(part.sum() / whole.sum()).item() for part, whole in parts]

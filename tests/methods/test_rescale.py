@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from optimum_sparse.config import SparseConfig
+from optimum_sparse.methods.quantize import quantize
 from optimum_sparse.methods.rescale import LARGEST, rescale
 from optimum_sparse.methods.solution import Solution
+from optimum_sparse.patterns import Unstructured
 from optimum_sparse.statistics import GramStatistics, NormStatistics
 
 KINDS = (GramStatistics, NormStatistics)
@@ -34,11 +37,23 @@ def test_outputs_are_as_large_as_before(kind: type):
     inputs, weight, solution, statistics = problem(kind, share=0.2)
     pruned = solution.weight.clone()
     assert not torch.allclose(norms(kind, pruned, inputs), norms(kind, weight, inputs), rtol=1e-2)
-    rescale(solution, statistics.output_energy(weight), statistics)
-    torch.testing.assert_close(norms(kind, solution.weight, inputs), norms(kind, weight, inputs), rtol=1e-5, atol=0)
-    growth = solution.weight.norm(dim=1) / pruned.norm(dim=1)  # one for each row
-    torch.testing.assert_close(solution.weight, growth[:, None] * pruned)
-    assert torch.equal(solution.weight != 0, pruned != 0)
+    scaled = rescale(solution, statistics.output_energy(weight), statistics).weight
+    torch.testing.assert_close(norms(kind, scaled, inputs), norms(kind, weight, inputs), rtol=1e-5, atol=0)
+    growth = scaled.norm(dim=1) / pruned.norm(dim=1)  # one for each row
+    torch.testing.assert_close(scaled, growth[:, None] * pruned)
+    assert torch.equal(scaled != 0, pruned != 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_grid_outputs_are_nearly_as_large_as_before(kind: type):
+    inputs, weight, solution, statistics = problem(kind, share=0.2)
+    coarse = quantize(solution, None, Unstructured(0.2), SparseConfig(quantization="int3"))
+    before, after = norms(kind, coarse.weight, inputs), norms(kind, weight, inputs)
+    scaled = rescale(coarse, statistics.output_energy(weight), statistics)
+    assert scaled.grid is not None and torch.equal(scaled.grid.round(scaled.weight), scaled.weight)
+    assert torch.equal(scaled.grid.codes(scaled.weight), coarse.grid.codes(coarse.weight))
+    assert (before / after - 1).abs().max() > 0.02
+    torch.testing.assert_close(norms(kind, scaled.weight, inputs), after, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,9 +61,9 @@ def test_what_has_lost_most_of_its_outputs_grows_by_so_much_at_most(kind: type):
     _, weight, solution, statistics = problem(kind, share=0.0)
     solution.weight[0] *= 0.1
     solution.weight[1] *= 0.9
-    rescale(solution, statistics.output_energy(weight), statistics)
-    torch.testing.assert_close(solution.weight[0], 0.1 * LARGEST**0.5 * weight[0])
-    torch.testing.assert_close(solution.weight[1:], weight[1:])
+    scaled = rescale(solution, statistics.output_energy(weight), statistics).weight
+    torch.testing.assert_close(scaled[0], 0.1 * LARGEST**0.5 * weight[0])
+    torch.testing.assert_close(scaled[1:], weight[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,6 +73,6 @@ def test_rows_without_outputs_stay(kind: type):
     weight[0, 7] = solution.weight[0, 7] = 3.0  # its input is zero
     solution.weight[0, :7] = solution.weight[0, 8:] = 0
     solution.weight[1] = 0
-    rescale(solution, statistics.output_energy(weight), statistics)
-    assert solution.weight[0, 7] == 3 and not solution.weight[1].any()
-    assert solution.weight.isfinite().all()
+    scaled = rescale(solution, statistics.output_energy(weight), statistics).weight
+    assert scaled[0, 7] == 3 and not scaled[1].any()
+    assert scaled.isfinite().all()
