@@ -39,7 +39,18 @@ def number_of_values(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"pattern": "2:4"}, {"method": "magnitude"}, {"refine": "cg"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pattern": "2:4"},
+        {"method": "magnitude"},
+        {"refine": "cg"},
+        {"method": "sparsegpt", "rescale": True},
+        {"method": "wanda", "rescale": True},
+    ],
+    ids=str,
+)
 def test_saved_on_its_grid(tmp_path: Path, dtype: torch.dtype, options: dict):
     model = tiny_model("llama")
     quantized(model, dtype, **options).save(model, tmp_path)
