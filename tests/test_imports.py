@@ -94,9 +94,11 @@ def run(code: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_import_takes_less_than_50_milliseconds():
-    code = "import time; start = time.perf_counter(); import optimum_sparse; print(time.perf_counter() - start)"
-    assert min(float(run(code)) for _ in range(5)) < 0.050
+def test_import_takes_less_than_that_of_asyncio():
+    """Which takes 40 milliseconds where nothing else runs, and more on a busy machine, as everything does."""
+    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    ours, theirs = (min(float(run(code.format(name))) for _ in range(5)) for name in ("optimum_sparse", "asyncio"))
+    assert ours < theirs
 
 
 @pytest.mark.parametrize("statement", ["import optimum_sparse", "from optimum_sparse.config import SparseConfig"])
