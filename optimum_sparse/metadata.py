@@ -189,10 +189,12 @@ def sparsity_config(
 
 
 def versions() -> dict[str, str]:
-    """Of the software that a result depends on."""
+    """Of the software that a result depends on; that of torch says which build it is."""
+    import torch
+
     return {
         "optimum_sparse": __version__,
-        "torch": importlib.metadata.version("torch"),
+        "torch": str(torch.__version__),  # pip may leave out the build
         "transformers": importlib.metadata.version("transformers"),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -16,10 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from . import __version__
 from .config import SparseConfig
 from .distributed import Processes
 from .matrices import PrunableMatrix
+from .metadata import versions
 from .offload import Residency, execution_device, value_of
 from .quantization import Grid, read_grids, write_grids
 from .report import MatrixReport, SparsityReport
@@ -237,10 +236,8 @@ def check_progress_folder(folder: Path) -> None:
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """The model, of whose weights a sample is taken, and what computes with it."""
-    packages = ("torch", "transformers")
-    versions = {"optimum_sparse": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     device = execution_device(model).type
-    return {"model": type(model).__name__, "weights": _weights_hash(model), "device": device, "versions": versions}
+    return {"model": type(model).__name__, "weights": _weights_hash(model), "device": device, "versions": versions()}
 
 
 def _compare(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -94,11 +94,12 @@ def run(code: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_import_takes_less_than_that_of_asyncio():
-    """Which takes 40 milliseconds where nothing else runs, and more on a busy machine, as everything does."""
+def test_import_takes_less_than_half_of_that_of_asyncio():
+    """Which takes some 30 milliseconds where nothing else runs, and more on a busy machine, as everything does."""
     code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
-    ours, theirs = (min(float(run(code.format(name))) for _ in range(5)) for name in ("optimum_sparse", "asyncio"))
-    assert ours < theirs
+    pairs = [[float(run(code.format(name))) for name in ("optimum_sparse", "asyncio")] for _ in range(5)]
+    ours, theirs = map(min, zip(*pairs, strict=True))
+    assert ours < theirs / 2
 
 
 @pytest.mark.parametrize("statement", ["import optimum_sparse", "from optimum_sparse.config import SparseConfig"])

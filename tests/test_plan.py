@@ -240,6 +240,8 @@ SOLVED = [
     ({"method": "wanda", "refine": "cg"}, 1024, 1024),
     ({"method": "sparsegpt", "quantization": "int4"}, 1024, 4096),
     ({"method": "wanda", "quantization": "int4"}, 1024, 4096),
+    ({"method": "wanda", "quantization": "int4", "rescale": True}, 1024, 4096),
+    ({"method": "admm", "quantization": "int4"}, 1024, 1024),
 ]
 
 # A whole run.

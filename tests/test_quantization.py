@@ -138,10 +138,8 @@ def test_columns_are_rounded_as_the_whole():
 
 
 def test_scaled_grid_has_the_same_codes():
-    grid, factor = (
-        grid_of(weights(), quantization="int4", group_size=32),
-        torch.tensor([[0.5], [1.0], [1.1], [1.4], [2.0]]),
-    )
+    grid = grid_of(weights(), quantization="int4", group_size=32)
+    factor = torch.tensor([[0.5], [1.0], [1.1], [1.4], [2.0]])
     scaled = grid.scaled(factor)
     assert torch.equal(scaled.zero, grid.zero) and scaled.scale.dtype == torch.bfloat16
     codes = grid.codes(grid.round(weights()))
