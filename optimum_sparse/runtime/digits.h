@@ -143,7 +143,7 @@ TARGET static void digits_matvec(const uint8_t *masks, const uint32_t *grids, co
 {
     __m512 sums[TILE_ROWS] = {0};
     digits_block(masks, grids, codes, x, 1, num_tiles, sums);
-    for (int row = 0; row < TILE_ROWS; row++)
+    UNROLL for (int row = 0; row < TILE_ROWS; row++)
         out[row] = _mm512_reduce_add_ps(sums[row]);
 }
 

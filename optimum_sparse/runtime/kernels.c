@@ -41,8 +41,9 @@ INLINE uint32_t load32(const uint8_t *mask)
 /* ------------------------------------------------------------------------------------------------- prefetch
  *
  * Masked loads do not train the prefetch of the processor. Intel's cores wait for fewer lines in their first-level cache
- * than it takes to keep the memory busy, but for more in their second. The distances are those with which a Xeon with
- * AMX, and a Zen 5 for all other processors, read large matrices fastest; the second level was not tried on the latter.
+ * than it takes to keep the memory busy, but for more in their second. On AMD's, a line of the first level that was
+ * fetched for one use (the last argument of 0) need not be written to the levels below when it leaves. The distances
+ * are those with which a Xeon with AMX, and a Zen 5 for all other processors, read large matrices fastest.
  */
 
 static int on_intel;
@@ -59,16 +60,19 @@ __attribute__((constructor)) static void see_vendor(void)
 INLINE void prefetch_tile(const void *masks, size_t masks_size, const void *values, size_t values_size)
 {
     const char *mask = masks, *value = values;
-    for (size_t line = 0; line < masks_size; line += 64)
-        __builtin_prefetch(mask + (on_intel ? 1024 : 4096) + line);
-    if (on_intel)
+    if (on_intel) {
+        for (size_t line = 0; line < masks_size; line += 64)
+            __builtin_prefetch(mask + 1024 + line);
         for (size_t line = 0; line < values_size; line += 64) {
             __builtin_prefetch(value + 3072 + line, 0, 2);
             __builtin_prefetch(value + 512 + line);
         }
-    else
+    } else {
+        for (size_t line = 0; line < masks_size; line += 64)
+            __builtin_prefetch(mask + 4096 + line, 0, 0);
         for (size_t line = 0; line < values_size; line += 64)
-            __builtin_prefetch(value + 12288 + line);
+            __builtin_prefetch(value + 8192 + line, 0, 0);
+    }
 }
 
 /* For so many bytes of a dense row. */
@@ -80,7 +84,7 @@ INLINE void prefetch_row(const void *weight, size_t size)
             __builtin_prefetch(from + 8192 + line, 0, 2);
     else
         for (size_t line = 0; line < size; line += 64)
-            __builtin_prefetch(from + 4096 + line);
+            __builtin_prefetch(from + 6144 + line, 0, 0);
 }
 
 /* ------------------------------------------------------------------------------------------------- portable */

@@ -126,7 +126,7 @@ def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in kernels.MULTIPLIED and kernels.compiled()
+    return x.is_cpu and x.dtype in kernels.MULTIPLIED and kernels.compiled()
 
 
 def _takes_kernel(x: torch.Tensor, tokens: int) -> bool:

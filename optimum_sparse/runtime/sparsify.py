@@ -49,7 +49,7 @@ def sparsify_for_inference(
     `SparseLinear`, which stores and reads the non-zero weights only, and in a quantised model a byte for each of them
     (in the report: `int8`). On a GPU there are no `DenseLinear` and no bytes, and matrices that are 2:4 may become
     `SemiStructuredLinear`, if the units of the GPU take them. Ties stay as they are. With `prefer="memory"`, all
-    layers that become smaller are packed as `SparseLinear`, and nothing is timed.
+    layers that become smaller are packed as `SparseLinear`, untimed, and the others are as with `"speed"`.
 
     The model computes the same, to the rounding of its type. It generates, compiles and saves as before (a saved
     model is dense), but the weights of sparse layers cannot be trained. The kernels are used where no gradient is
@@ -98,10 +98,8 @@ def sparsify_for_inference(
         kinds.setdefault(candidate.kind, []).append(candidate)
     layers = []
     for members in kinds.values():
-        if prefer == "memory":
-            choice, reason, times = _smallest(members)
-        else:
-            choice, reason, times = _fastest(model, members, batch_size, cuda_graphs)
+        choose = _smallest if prefer == "memory" else _fastest
+        choice, reason, times = choose(model, members, batch_size, cuda_graphs)
         layers.append(_replace(model, members, choice, reason, times))
     if any(layer.choice in ("sparse", "int8") for layer in layers):
         copy_what_stays(model)
@@ -243,11 +241,16 @@ def fold_reasons(reasons: dict[str, str]) -> dict[str, str]:
     return {name: reason for reason, names in groups.items() for name in fold_names(names)}
 
 
-def _smallest(members: Sequence[_Candidate]) -> tuple[str, str | None, dict[str, float]]:
+def _smallest(
+    model: nn.Module, members: Sequence[_Candidate], batch_size: int, cuda_graphs: bool
+) -> tuple[str, str | None, dict[str, float]]:
     if members[0].grid is not None:
         return "int8", None, {}
     obstacle = _obstacle(members)
-    return ("sparse", _no_codes(members[0]), {}) if obstacle is None else ("torch", f"not packed: {obstacle}", {})
+    if obstacle is None:
+        return "sparse", _no_codes(members[0]), {}
+    choice, _, times = _fastest(model, members, batch_size, cuda_graphs)  # of forms that take the same
+    return choice, f"not packed: {obstacle}", times
 
 
 def _no_codes(first: _Candidate) -> str | None:

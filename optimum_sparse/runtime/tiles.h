@@ -40,7 +40,7 @@ TARGET static void NAME(matvec)(const uint8_t *masks, const uint32_t *grids, con
         masks += WIDTH / 8 * TILE_ROWS;
         x += WIDTH;
     }
-    for (int row = 0; row < TILE_ROWS; row++)
+    UNROLL for (int row = 0; row < TILE_ROWS; row++) /* else the sums would be kept in memory */
         out[row] = TOTAL(sums[row]);
 }
 

@@ -203,11 +203,17 @@ def test_measurement_runs_every_layer():
     assert len(calls) >= 2 * sparsify.LEAST_ROUNDS and all(calls)
 
 
-def test_memory_packs_all_that_become_smaller():
+@pytest.mark.parametrize(("dense", "full"), [(60, "DenseLinear"), (99, "Linear")])
+def test_memory_packs_all_that_become_smaller_and_times_the_others(
+    monkeypatch: pytest.MonkeyPatch, dense: int, full: str
+):
+    measured = give_times(monkeypatch, torch=100, dense=dense)
     model = three_layers()
     report = sparsify_for_inference(model, prefer="memory")
-    assert forms(model) == {"full": "Linear", "pruned": "SparseLinear", "wide": "SparseLinear"}
+    assert forms(model) == {"full": full, "pruned": "SparseLinear", "wide": "SparseLinear"}
+    assert measured == [({"torch": ["Linear"], "dense": ["DenseLinear"]}, 1)]
     assert report.layers[0].reason == "not packed: it has too few zeros to become smaller"
+    assert report.layers[0].microseconds == {"torch": 100, "dense": dense}
     assert report.bytes == 64 * 64 * 4 + sum(model[name].tiles.nbytes for name in ("pruned", "wide"))
     assert report.dense_bytes == 64 * (64 + 64 + 128) * 4
 
@@ -359,7 +365,7 @@ def test_without_kernels_nothing_is_slower_and_the_report_says_so(monkeypatch: p
     assert "SparseLinear" in forms(model).values()
 
 
-def test_what_cannot_be_replaced_is_named():
+def test_what_cannot_be_replaced_is_named(monkeypatch: pytest.MonkeyPatch):
     class Other(nn.Linear):
         pass
 
@@ -386,6 +392,7 @@ def test_what_cannot_be_replaced_is_named():
             parameter.data.view(-1)[::2] = 0
     model["head"].weight = model["embedding"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
+    give_times(monkeypatch, torch=100, dense=100)
     before = forms(model)
     report = sparsify_for_inference(model, prefer="memory")
     assert forms(model) == before
