@@ -19,7 +19,7 @@ from optimum_sparse.checkpoint import Checkpoint, pack_folder, weight_files
 from optimum_sparse.commands.inspect import inspect
 from optimum_sparse.integrations.sparse_layers import SparseLayers
 from optimum_sparse.packing import Packed
-from optimum_sparse.runtime import SparseLinear, linear, sparsify_for_inference
+from optimum_sparse.runtime import SparseLinear, linear, sparsify, sparsify_for_inference
 
 from ..architectures import sweep_model
 from ..helpers import tiny_batches, tiny_model
@@ -96,6 +96,20 @@ def test_what_is_packed_in_the_files_is_packed_in_memory(llama, caplog):
     numels = [m.out_features * m.in_features for m in model.modules() if isinstance(m, SparseLinear)]
     assert sum(layer.dense_bytes for layer in sparse) == 4 * sum(numels)
     assert all(layer.sparsity == pytest.approx(0.5, abs=0.05) for layer in sparse)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_timed(tied, tmp_path, monkeypatch):
+    use_level(monkeypatch, "portable")
+    monkeypatch.setattr(sparsify, "_times", lambda ways, x, cuda_graphs: {"torch": 2.0, "dense": 1.0})
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    pruner = SparsePruner(method="magnitude", sparsity=0.5, progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path, compressed=True)
+    loaded = load_sparse(tmp_path)
+    assert isinstance(loaded.lm_head, linear.DenseLinear)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert_same_logits(loaded, model)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
