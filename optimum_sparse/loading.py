@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def load_model(
     offload_folder: Path | None = None,
     quantized: bool = False,
     quantization_config: QuantizationConfigMixin | None = None,
+    trust_remote_code: bool | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model: a causal language model, or of whatever kind its configuration says.
 
@@ -58,6 +59,7 @@ def load_model(
         offload_folder: Where weights go that are offloaded to disk and are not in the checkpoint as in memory.
         quantized: Whether it may be quantised, which it may not be to be pruned.
         quantization_config: As for `from_pretrained`, e.g. a `PackedConfig`. Not for GGUF.
+        trust_remote_code: Whether code that comes with the model may be run; `None` asks who sits at the terminal.
 
     Returns:
         The model in evaluation mode, and its tokenizer, or `None` if there are no tokenizer files.
@@ -69,6 +71,7 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     path = local_path(source)
     if path is not None and path.is_file():
@@ -85,9 +88,10 @@ def load_model(
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
         try:
-            model, info = model_class(config_file.parent).from_pretrained(
+            where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+            model, info = model_class(AutoConfig.from_pretrained(name, **where)).from_pretrained(
                 name,
-                revision=revision or "main",
+                **where,
                 dtype=dtype,
                 output_loading_info=True,
                 device_map=device_map,
@@ -108,15 +112,18 @@ def load_model(
             "random: give a complete checkpoint in the layout of `save_pretrained`."
         )
     model.config._commit_hash = revision
-    return model, load_tokenizer(name, revision)
+    return model, load_tokenizer(name, revision, trust_remote_code)
 
 
-def model_without_weights(source: str | os.PathLike, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def model_without_weights(
+    source: str | os.PathLike, dtype: str | torch.dtype = "auto", trust_remote_code: bool | None = None
+) -> PreTrainedModel:
     """The model that a Hub id, a folder or a config.json describes, with weights as they are before training.
 
     Args:
         source: Where the configuration is.
         dtype: As for `load_model`; `"auto"` is what the configuration says, else float32.
+        trust_remote_code: As for `load_model`.
 
     Raises:
         FileNotFoundError: There is no configuration.
@@ -131,14 +138,19 @@ def model_without_weights(source: str | os.PathLike, dtype: str | torch.dtype = 
         file = path if path is not None and path.is_file() else find_file(str(path or source), "config.json")
         if file is None:
             raise FileNotFoundError(_no_config(str(source), path))
-        config = AutoConfig.from_pretrained(file)
-        kind = model_class(file)
+        # Code that comes with a model is not found beside a file, but in a folder or on the Hub.
+        where = str(source) if path is None else file.parent if file.name == "config.json" else file
+        revision = file.parent.name if path is None else "main"
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    kind = model_class(config)
     wanted = (getattr(config, "dtype", None) or "float32") if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     before = torch.get_default_dtype()
     torch.set_default_dtype(wanted)
     try:
-        return AutoModelForCausalLM.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+        if kind is AutoModelForCausalLM:
+            return kind.from_config(config, trust_remote_code=trust_remote_code)
+        return kind(config)
     finally:
         torch.set_default_dtype(before)
 
@@ -150,17 +162,16 @@ def class_to_load(architecture: str) -> str:
     return "AutoModelForCausalLM" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else architecture
 
 
-def model_class(folder: Path) -> type[PreTrainedModel]:
-    """The class of Transformers that the `config.json` in a folder names for its model type.
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of Transformers that a configuration names for its model type.
 
     Only classes that Transformers itself has for that type come into question; without one among them, that of causal
     language models is taken.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _LazyAutoMapping
 
-    config = AutoConfig.from_pretrained(folder)
     asked_for = getattr(config, "architectures", None) or []
     for mapping in vars(modeling_auto).values():
         if isinstance(mapping, _LazyAutoMapping) and type(config) in mapping:
@@ -171,7 +182,9 @@ def model_class(folder: Path) -> type[PreTrainedModel]:
     return AutoModelForCausalLM
 
 
-def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    name: str, revision: str | None, trust_remote_code: bool | None = None
+) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a folder (`revision=None`) or Hub model; `None` if it has no tokenizer files."""
     from transformers import AutoTokenizer
 
@@ -179,7 +192,7 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase |
         if not any(find_file(name, file, revision) for file in TOKENIZER_FILES):
             logger.warning("%s has no tokenizer files.", name)
             return None
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
 def find_file(source: str, name: str, revision: str | None = None) -> Path | None:

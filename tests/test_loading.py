@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse.loading import load_model, load_tokenizer, model_class
 
@@ -172,7 +172,7 @@ def test_other_models_than_those_of_language(build, tmp_path: Path):
 def test_model_class(architectures: list[str] | None, expected: str, tmp_path: Path):
     save_tiny(tmp_path, tokenizer=False)
     change_config(tmp_path, architectures=architectures)
-    assert model_class(tmp_path).__name__ == expected
+    assert model_class(AutoConfig.from_pretrained(tmp_path)).__name__ == expected
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.gguf", "is not a GGUF file"), ("a.bin", "not a .gguf file")])

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers before a command runs: Optimum import
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import tempfile
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_trust_option(parser: argparse._ActionsContainer) -> None:
+    """Declare `--trust-remote-code`."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run the code that comes with a model (default: ask, where there is a terminal)",
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import check_file, user_errors
+from . import add_trust_option, check_file, user_errors
 
 DESCRIPTION = """\
 Load a pruned model twice, as it is and with its linear layers packed where that is faster, and measure both in turn:
@@ -43,6 +43,7 @@ class BenchCommand(BaseOptimumCLICommand):
             default="auto",
             help="type of the weights (default: the checkpoint's)",
         )
+        add_trust_option(parser)
         parser.add_argument(
             "--prefer",
             choices=("speed", "memory"),
@@ -79,6 +80,7 @@ class BenchCommand(BaseOptimumCLICommand):
                 args.repeats,
                 args.dtype,
                 args.prefer,
+                args.trust_remote_code,
             )
         print(measure.table(findings))
         with user_errors():

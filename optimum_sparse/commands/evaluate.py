@@ -6,13 +6,14 @@ import json
 import logging
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import RUNTIMES, load_model, local_path
-from . import DTYPES, check_file, device_called, user_errors
+from . import DTYPES, add_trust_option, check_file, device_called, user_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,7 @@ class EvaluateCommand(BaseOptimumCLICommand):
         running.add_argument(
             "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: the checkpoint's)"
         )
+        add_trust_option(running)
         running.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: the first GPU, if any)")
         running.add_argument(
             "--offload", action="store_true", help="on all GPUs, and what does not fit there on the CPU and on disk"
@@ -169,14 +171,15 @@ def _load(
     args: Namespace, name: str, folder: Path, runtime: str = "dense"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A model where the options want it, quantised or not."""
+    load = partial(load_model, name, args.dtype, quantized=True, trust_remote_code=args.trust_remote_code)
     if runtime == "sparse":
         from ..integrations.packed import PackedConfig
 
-        return load_model(name, args.dtype, quantized=True, quantization_config=PackedConfig(runtime=runtime))
+        return load(quantization_config=PackedConfig(runtime=runtime))
     if args.offload:
         folder.mkdir()
-        return load_model(name, args.dtype, "auto", folder, quantized=True)
+        return load(device_map="auto", offload_folder=folder)
     device = device_called("cpu" if args.runtime == "sparse" else args.device)
-    model, tokenizer = load_model(name, args.dtype, quantized=True)
+    model, tokenizer = load()
     # What transformers has quantised it has also put where it computes.
     return model if getattr(model, "is_quantized", False) else model.to(device), tokenizer

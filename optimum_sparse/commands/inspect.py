@@ -145,7 +145,9 @@ def _after_loading(folder: Path, claimed: dict[str, Claim]) -> Iterator[tuple[st
         folder: The checkpoint.
         claimed: What is claimed for each matrix. Those that are nowhere in the files are left out.
     """
-    model, info = model_class(folder).from_pretrained(
+    from transformers import AutoConfig
+
+    model, info = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}

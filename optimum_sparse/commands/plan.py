@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import model_without_weights
-from . import DTYPES, user_errors
+from . import DTYPES, add_trust_option, user_errors
 from .prune import add_config_options, build_config
 
 DESCRIPTION = """\
@@ -38,6 +38,7 @@ class PlanCommand(BaseOptimumCLICommand):
         add_config_options(parser)
         run = parser.add_argument_group("running")
         run.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: the model's)")
+        add_trust_option(run)
         run.add_argument("--max-memory", metavar="SIZE", help="what may be held at once, as in 4GiB (default: all)")
         run.add_argument(
             "--assume",
@@ -70,7 +71,7 @@ def plan(args: Namespace) -> str:
     machine = ASSUMED[args.assume] if args.assume else measured_rates(held_memory(cpu) + available_memory(cpu))
     budget = parse_size(args.max_memory) if args.max_memory else machine.memory
     held = held_memory(cpu) if machine.is_cpu else 0
-    model = outline(lambda: model_without_weights(args.model, args.dtype), config)
+    model = outline(lambda: model_without_weights(args.model, args.dtype, args.trust_remote_code), config)
     seqlen = window_length(model, config)
     numel = sum(group.in_features * group.rows for group in model.groups)
     speeds = ", ".join(f"{name} {getattr(machine, name) / 1e12:.3g} TFLOP/s" for name in ("half", "single", "double"))

@@ -21,7 +21,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import PRESETS, SparseConfig, preset_options
 from ..loading import class_to_load, load_model, local_path, model_without_weights, read_json
-from . import DTYPES, check_file, check_output, device_called, user_errors
+from . import DTYPES, add_trust_option, check_file, check_output, device_called, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class PruneCommand(BaseOptimumCLICommand):
         run.add_argument(
             "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: the checkpoint's)"
         )
+        add_trust_option(run)
         run.add_argument(
             "--device", default="auto", help="where to run: cpu, cuda, cuda:1, ... (default: cuda if there is one)"
         )
@@ -150,7 +151,9 @@ def prune(args: Namespace) -> None:
     pruner = SparsePruner(config)
     progress = output.with_name(f"{output.name}.progress") if args.resume else None
     try:
-        model, tokenizer = load_model(args.model, args.dtype, device_map, offload)
+        model, tokenizer = load_model(
+            args.model, args.dtype, device_map, offload, trust_remote_code=args.trust_remote_code
+        )
         pruner.prune(
             model if device_map else model.to(device),
             tokenizer,
@@ -217,7 +220,7 @@ def _device_map(args: Namespace, config: SparseConfig, device: torch.device, lim
     from ..dry_run import offloading_map, outline, place
     from ..estimate import available_memory, held_memory
 
-    model = outline(lambda: model_without_weights(args.model, args.dtype), config)
+    model = outline(lambda: model_without_weights(args.model, args.dtype, args.trust_remote_code), config)
     offloaded, _ = place(model, config, held_memory(device), limit, on_cpu=device.type == "cpu")
     if not offloaded:
         return None

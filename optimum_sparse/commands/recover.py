@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -11,7 +12,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import DTYPES, check_output, device_called, user_errors
+from . import DTYPES, add_trust_option, check_output, device_called, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -65,6 +66,7 @@ class RecoverCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--dtype", choices=DTYPES, default="auto", help="type of the saved weights (default: the checkpoint's)"
         )
+        add_trust_option(parser)
         parser.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
         )
@@ -97,10 +99,11 @@ def recover_from(args: Namespace) -> None:
 
     device_called(args.device)  # it is there
     report = None if source is None else read_report(source)
-    model, tokenizer = load_model(args.model, args.dtype)
+    load = partial(load_model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: save that of the dense model along with it.")
-    teacher, other = load_model(args.distill, args.dtype) if args.distill else (None, None)
+    teacher, other = load(args.distill) if args.distill else (None, None)
     check_same_tokenizer(tokenizer, other, "teacher")
     record = recover(
         model,

@@ -249,6 +249,7 @@ def _arguments(
         save_steps=config.save_steps,
         save_total_limit=1,
         logging_steps=10,
+        remove_unused_columns=False,  # all are used, whatever the signature of a model's forward says
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=not progress,
         report_to=[],

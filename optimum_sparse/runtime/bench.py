@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def bench(
     repeats: int = 3,
     dtype: str = "auto",
     prefer: str = "speed",
+    trust_remote_code: bool | None = None,
 ) -> tuple[dict[str, Any], list[RuntimeReport]]:
     """Measure a pruned model as it is and after `sparsify_for_inference`, in turn, in this process.
 
@@ -45,6 +47,7 @@ def bench(
         repeats: How often each measurement is made, dense and sparse in turn; medians are reported.
         dtype: As for `load_model`.
         prefer: As for `sparsify_for_inference`.
+        trust_remote_code: As for `load_model`.
 
     Returns:
         Pure JSON: the machine, the size of the checkpoint, and for both models the seconds to load, the resident bytes
@@ -60,16 +63,17 @@ def bench(
             "batch_sizes, prompt_tokens and repeats must be at least 1, and new_tokens at least 2; got "
             f"{list(batch_sizes)}, {prompt_tokens}, {repeats} and {new_tokens}."
         )
-    _warm_up(_load(source, dtype, prompt_tokens + new_tokens))  # imports what would count for the dense model only
+    load = partial(_load, source, prompt_tokens + new_tokens, dtype, trust_remote_code)
+    _warm_up(load())  # imports what would count for the dense model only
     start, before = time.perf_counter(), resident_bytes()
-    dense = _load(source, dtype, prompt_tokens + new_tokens)
+    dense = load()
     loading = {"dense": time.perf_counter() - start}
     _warm_up(dense)
     memory = {"dense": resident_bytes() - before}
     batches, reports = [], []
     for batch_size in batch_sizes:
         start, before = time.perf_counter(), resident_bytes()
-        sparse = _load(source, dtype, prompt_tokens + new_tokens)
+        sparse = load()
         report = sparsify_for_inference(sparse, batch_size, prefer)
         if "sparse" not in loading:  # of the first batch size
             loading["sparse"] = time.perf_counter() - start
@@ -191,8 +195,8 @@ def check_plot(file: Path) -> None:
         raise ValueError(f"the plot must be a .png or .svg file, got {file}.")
 
 
-def _load(source: str | os.PathLike, dtype: str, length: int) -> PreTrainedModel:
-    model, _ = load_model(source, dtype)
+def _load(source: str | os.PathLike, length: int, dtype: str, trust_remote_code: bool | None) -> PreTrainedModel:
+    model, _ = load_model(source, dtype, trust_remote_code=trust_remote_code)
     if not model.can_generate() or model.main_input_name != "input_ids":
         raise ValueError(f"{source} is a {type(model).__name__}, which does not continue text: nothing to measure.")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
