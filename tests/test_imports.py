@@ -67,6 +67,7 @@ ORDER = [
     "dry_run",
     "evaluation",
     "runtime.report",
+    "runtime.timing",
     "runtime.sparsify",
     "runtime.bench",
     "runtime",

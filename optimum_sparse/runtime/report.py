@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..metadata import expand_name
 from ..tables import text_table
 
 WAYS = ("torch", "dense", "sparse", "int8", "2:4")
@@ -98,5 +99,5 @@ class RuntimeReport:
 def _row(name: str, layer: LayerChoice, ways: Sequence[str]) -> tuple[str, ...]:
     times = [f"{layer.microseconds[way]:,.0f}" if way in layer.microseconds else "-" for way in ways]
     rows, columns = layer.shape
-    part = layer.bytes / layer.dense_bytes
-    return (name, str(layer.count), f"{rows}x{columns}", f"{layer.sparsity:.1%}", layer.choice, *times, f"{part:.0%}")
+    part, count = layer.bytes / layer.dense_bytes, len(expand_name(name))
+    return (name, str(count), f"{rows}x{columns}", f"{layer.sparsity:.1%}", layer.choice, *times, f"{part:.0%}")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import platform
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +19,7 @@ from .grids import find_grids
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
 from .semi_structured import SemiStructuredLinear
+from .timing import microseconds
 
 PREFERENCES = ("speed", "memory")
 
@@ -29,10 +27,6 @@ PREFERENCES = ("speed", "memory")
 MARGIN = 0.98
 # Layers of one kind are measured in turn, up to so many bytes: more than the cache holds, as in the whole model.
 SAMPLE_BYTES = 2**28
-# What is read before each measurement, so that no weight is in the cache because the last one left it there. On a GPU
-# it takes longer than the launch of a graph, which is then not measured.
-EVICTION_BYTES = {"cpu": 2**26, "cuda": 2**28}
-LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 50, 0.2
 
 
 def sparsify_for_inference(
@@ -294,7 +288,7 @@ def _fastest(
     sample = members[:num_layers]
     forms = {way: [_form(way, _linear(model, member.name), member.grid) for member in sample] for way in ways}
     x = torch.randn(batch_size, columns).to(first.device, first.dtype)
-    times = _times(forms, x, cuda_graphs and first.gpu)
+    times = microseconds(forms, x, cuda_graphs and first.gpu)
     choice = "torch"
     for way in ways:
         if times[way] < MARGIN * times[choice]:
@@ -306,56 +300,6 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer
-
-
-def _times(ways: Mapping[str, Sequence[nn.Module]], x: torch.Tensor, cuda_graphs: bool) -> dict[str, float]:
-    """Microseconds of one layer in each of its forms, measured in turn; medians."""
-    eviction = torch.zeros(EVICTION_BYTES[x.device.type] // 8, dtype=torch.int64, device=x.device)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        runs = {way: [_recorded(layers, x)] if cuda_graphs else layers for way, layers in ways.items()}
-        for turn in itertools.count():
-            if turn >= LEAST_ROUNDS and (turn >= MOST_ROUNDS or time.perf_counter() - begin > SECONDS):
-                break
-            names = list(ways)
-            for way in names[turn % len(names) :] + names[: turn % len(names)]:
-                eviction.sum()
-                if x.is_cuda and not cuda_graphs:
-                    torch.cuda.synchronize(x.device)
-                seconds[way].append(_seconds(runs[way], x))
-    return {way: 1e6 * statistics.median(taken) / len(ways[way]) for way, taken in seconds.items()}
-
-
-def _recorded(layers: Sequence[nn.Module], x: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """Runs all layers as one CUDA graph."""
-    with torch.cuda.device(x.device):
-        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for layer in layers:  # what is compiled or set up by the first calls cannot be recorded
-                layer(x)
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph):
-            for layer in layers:
-                layer(x)
-    return lambda _: graph.replay()
-
-
-def _seconds(layers: Sequence[Callable[[torch.Tensor], object]], x: torch.Tensor) -> float:
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            for layer in layers:
-                layer(x)
-            last.record()
-            last.synchronize()
-        return first.elapsed_time(last) / 1e3
-    start = time.perf_counter()
-    for layer in layers:
-        layer(x)
-    return time.perf_counter() - start
 
 
 def _form(way: str, layer: nn.Linear, grid: Grid | None) -> nn.Module:

@@ -101,7 +101,7 @@ def test_what_is_packed_in_the_files_is_packed_in_memory(llama, caplog):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_is_timed(tied, tmp_path, monkeypatch):
     use_level(monkeypatch, "portable")
-    monkeypatch.setattr(sparsify, "_times", lambda ways, x, cuda_graphs: {"torch": 2.0, "dense": 1.0})
+    monkeypatch.setattr(sparsify, "microseconds", lambda ways, x, cuda_graphs: {"torch": 2.0, "dense": 1.0})
     model = tiny_model("llama", tie_word_embeddings=tied)
     pruner = SparsePruner(method="magnitude", sparsity=0.5, progress=False)
     pruner.prune(model)

@@ -65,7 +65,7 @@ def give_times(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[dict[str
         measured.append(({way: [type(layer).__name__ for layer in layers] for way, layers in ways.items()}, len(x)))
         return {way: times[way] for way in ways}
 
-    monkeypatch.setattr(sparsify, "_times", fake)
+    monkeypatch.setattr(sparsify, "microseconds", fake)
     return measured
 
 
@@ -166,41 +166,13 @@ def test_only_layers_on_a_gpu_are_recorded(monkeypatch: pytest.MonkeyPatch):
     measured = []
     monkeypatch.setattr(kernels, "compiled", lambda: True)
     monkeypatch.setattr(
-        sparsify, "_times", lambda ways, x, cuda_graphs: measured.append(cuda_graphs) or {"torch": 1.0}
+        sparsify, "microseconds", lambda ways, x, cuda_graphs: measured.append(cuda_graphs) or {"torch": 1.0}
     )
     monkeypatch.setattr(sparsify, "_ways", lambda members, batch_size: (["torch", "torch"], None))
     sparsify_for_inference(three_layers(), cuda_graphs=True)
     monkeypatch.setattr(sparsify, "_on_gpu", lambda weight: True)
     sparsify_for_inference(three_layers(), cuda_graphs=True)
     assert measured == [False] * 3 + [True] * 3
-
-
-def test_times_are_medians_of_one_layer_measured_in_turn(monkeypatch: pytest.MonkeyPatch):
-    ways = {"one": [nn.Identity()], "two": [nn.Identity(), nn.Identity()]}
-    order, x = [], torch.ones(3, 4)
-
-    def seconds(layers: list[nn.Module], inputs: torch.Tensor) -> float:
-        assert inputs is x
-        order.append(len(layers))
-        return 1e-6 * (len(order) if len(layers) == 1 else 1000)  # one: 1, 4, 5, 8, 9, ...
-
-    monkeypatch.setattr(sparsify, "_seconds", seconds)
-    monkeypatch.setattr(sparsify, "SECONDS", 0)
-    times = sparsify._times(ways, x, cuda_graphs=False)
-    assert order == [1, 2, 2, 1] * 3 + [1, 2]  # seven rounds
-    assert times == {"one": pytest.approx(8), "two": pytest.approx(500)}
-
-
-def test_measurement_runs_every_layer():
-    calls = []
-
-    class Layer(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            calls.append(torch.is_inference_mode_enabled())
-            return x
-
-    assert sparsify._times({"torch": [Layer(), Layer()]}, torch.ones(1, 4), False)["torch"] > 0
-    assert len(calls) >= 2 * sparsify.LEAST_ROUNDS and all(calls)
 
 
 @pytest.mark.parametrize(("dense", "full"), [(60, "DenseLinear"), (99, "Linear")])
