@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .loading import PACKED, read_json
+from .loading import PACKED, quantization_method, read_json
 from .metadata import read_claims
 from .packing import LAYOUT, POSITIONS, Packed, smallest
 from .saving import GRIDS_FILE, WEIGHT_FILES, replace_folder
@@ -63,10 +63,11 @@ def encoding(config: Mapping[str, Any]) -> Encoding:
     Raises:
         ValueError: They are quantised, or packed in a way that is not known here.
     """
-    quantization = config.get("quantization_config")
-    if not quantization:
+    method = quantization_method(config)
+    if method is None:
         return "dense"
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    details = config["quantization_config"]
+    quantization = details if isinstance(details, dict) else {}
     if method == PACKED:
         check_version(quantization.get("version"))
         return "packed"
@@ -282,8 +283,9 @@ def convert(source: Path, folder: Path, pack: bool) -> Sizes:
     if pack:
         config["quantization_config"] = {"quant_method": PACKED, "version": VERSION}
     _write_json(folder / "config.json", config)
+    written = {"config.json", *(file.name for file in files)}
     for path in source.iterdir():
-        if path.is_file() and path.name != "config.json" and not any(map(path.match, WEIGHT_FILES)):
+        if path.is_file() and path.name not in written and not any(map(path.match, WEIGHT_FILES)):
             shutil.copyfile(path, folder / path.name)
     if (source / GRIDS_FILE).is_file():
         (folder / GRIDS_FILE).parent.mkdir()

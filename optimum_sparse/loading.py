@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -273,15 +273,22 @@ def snapshot_revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Which quantisation, or packing, a config.json names; `None` if the weights are as they are."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    return str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
+
+
 def check_not_quantized(source: str, config_file: Path) -> None:
     """Refuse a checkpoint whose config.json says that it is quantised.
 
     Raises:
         ValueError: It has a `quantization_config`, and not that of a packed checkpoint.
     """
-    quantization = read_json(config_file).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization and method != PACKED:
+    method = quantization_method(read_json(config_file))
+    if method is not None and method != PACKED:
         raise ValueError(
             f"{source} carries a quantization_config ({method}): quantised weights cannot be pruned. Give the dense "
             "checkpoint that it was made from, and quantise after pruning."

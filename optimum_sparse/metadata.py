@@ -109,11 +109,13 @@ def expand_name(name: str) -> list[str]:
     """The names that a folded name stands for, in the order of their indices.
 
     Raises:
-        ValueError: They are so many that they cannot come from a model.
+        ValueError: They are so many that they cannot come from a model, or none.
     """
     texts, choices, total = _RANGES.split(name)[::2], [], 1
     for ranges in _RANGES.findall(name):
         bounds = [tuple(map(int, part.split("-"))) for part in ranges.split(",")]
+        if any(bound[-1] < bound[0] for bound in bounds):
+            raise ValueError(f"{name!r} has a range that ends before it begins: it stands for no names.")
         total *= sum(bound[-1] - bound[0] + 1 for bound in bounds)
         if total > _MOST_NAMES:
             raise ValueError(f"{name!r} stands for more than {_MOST_NAMES} names: no model has as many.")
@@ -303,18 +305,19 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
     from .runtime.linear import SparseLinear
     from .uses import View
 
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    modules = dict(model.named_modules())
     whole, _, part = name.rpartition(".")
-    for owner, index in ((name, 0), (whole, int(part) if part.isdigit() else -1)):
-        module = modules.get(owner)
-        if isinstance(module, SparseLinear):
-            parameters[f"{owner}.weight"] = module.weight  # which it writes to a checkpoint
-        parameter_name = f"{owner}.weight" if f"{owner}.weight" in parameters else owner
-        parameter = parameters.get(parameter_name)
-        if parameter is not None and 0 <= index < parameter.numel() // (shape[0] * shape[1]):
-            owner, _, attribute = parameter_name.rpartition(".")
-            value = value_of(modules[owner], attribute)
+    places = [(name, 0), (whole, int(part))] if part.isdigit() else [(name, 0)]
+    for parameter_name, index in ((path, index) for owner, index in places for path in (f"{owner}.weight", owner)):
+        owner, _, attribute = parameter_name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue  # it is not there
+        parameter = module._parameters.get(attribute)
+        if isinstance(module, SparseLinear) and attribute == "weight":
+            parameter = module.weight  # which it writes to a checkpoint
+        if parameter is not None and index < parameter.numel() // (shape[0] * shape[1]):
+            value = value_of(module, attribute)
             return parameter_name, View(parameter_name, index, shape, transposed).of(value)
     raise ValueError(
         f"config.sparsity_config names the matrix {name!r} of shape {list(shape)}, which {type(model).__name__} does "

@@ -283,6 +283,9 @@ class Residency:
                     continue
                 tensor = self._by_name[name][1]
                 tensor.keep(value, path, name)
+                for unit in self._units.values():
+                    if tensor in unit.tensors:
+                        unit.coming = None  # what was read ahead is as it was before
                 if tensor.users:  # it is there already, as it was
                     tensor.there.data.copy_(value)
                     tensor.version = tensor.there._version

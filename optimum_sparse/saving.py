@@ -76,7 +76,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows flushes only what can be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

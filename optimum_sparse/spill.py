@@ -82,9 +82,9 @@ class Activations:
         if self._device == "disk":
             path = self._folder / str(batch)
             path.write_bytes(b"")
-        for storage in [s for s in self._owned[batch] if s.nbytes() >= SMALLEST and s.resizable()]:
-            self._away[storage] = _Away(storage, path)
         try:
+            for storage in [s for s in self._owned[batch] if s.nbytes() >= SMALLEST and s.resizable()]:
+                self._away[storage] = _Away(storage, path)
             yield
         finally:
             for storage in list(self._owned[batch]):

@@ -137,6 +137,19 @@ def test_a_checkpoint_without_zeros_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_weight_files_of_any_name(tmp_path):
+    weight = torch.randn(64, 64).masked_fill(torch.rand(64, 64) < 0.5, 0)
+    (tmp_path / "dense").mkdir()
+    save_file({"a.weight": weight}, tmp_path / "dense" / "weights-1.safetensors")
+    index = {"metadata": {}, "weight_map": {"a.weight": "weights-1.safetensors"}}
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "dense" / "config.json").write_text("{}")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    assert "a.weight_positions" in tensors_of(tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert_same_tensors(tmp_path / "again", {"a.weight": weight})
+
+
 def test_reserved_names_are_refused(tmp_path):
     save_file({"a_positions": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -151,6 +164,8 @@ def test_reserved_names_are_refused(tmp_path):
         ({"bits": 4}, "quantised with None"),
         ({"quant_method": PACKED, "version": 2}, "version 2 of the format.*reads version 1"),
         ({"quant_method": PACKED}, "version None of the format"),
+        (PACKED, "version None of the format"),
+        ("gptq", "quantised with gptq"),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}},
             "quantised with compressed-tensors",

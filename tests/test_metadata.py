@@ -99,6 +99,12 @@ def test_expand_name_refuses_absurd_ranges(name: str):
         expand_name(name)
 
 
+@pytest.mark.parametrize("name", ["h.{5-4}.w", "h.{5-4}.{0-99999999999}", "h.{0-1,9-8}"])
+def test_expand_name_refuses_ranges_that_end_before_they_begin(name: str):
+    with pytest.raises(ValueError, match="ends before it begins"):
+        expand_name(name)
+
+
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "3:5"])
 def test_count_agrees_with_a_loop(pattern: str):
     n, m = map(int, pattern.split(":"))

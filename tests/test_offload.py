@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_sparse import SparsePruner
@@ -199,3 +200,24 @@ def test_residency_follows_the_forward_that_it_has_seen(tmp_path: Path) -> None:
             )
         assert torch.equal(model(**batch).logits, first)
     assert awaited == [True] * 4
+
+
+def test_values_that_were_read_ahead_are_not_used_once_others_are_restored(tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, around: bool = False) -> torch.Tensor:
+            return self.c(self.a(x) if around else self.b(self.a(x)))
+
+    model = Net()
+    disk_offload(model, tmp_path / "offload", execution_device=CPU)
+    save_file({"b.weight": torch.zeros(8, 8)}, tmp_path / "finished.safetensors")
+    x = torch.ones(1, 8)
+    with torch.no_grad(), Residency(model, ["a", "b", "c"], Watched(dict(model.named_parameters()))) as residency:
+        assert model(x).abs().max() > 0
+        model(x, around=True)  # b is read ahead, and not entered
+        residency.settle()
+        residency.restore(tmp_path / "finished.safetensors", ["b.weight"])
+        assert model(x).abs().max() == 0

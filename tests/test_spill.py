@@ -39,6 +39,23 @@ def test_memory_is_away_and_comes_back(device: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, write = [], spill._Away.__init__
+
+    def full(away: spill._Away, *arguments) -> None:
+        if not all(held(tensor) for tensor in kept):
+            raise OSError(28, "No space left on device")
+        write(away, *arguments)
+
+    monkeypatch.setattr(spill._Away, "__init__", full)
+    with Activations("disk", tmp_path) as activations:
+        with activations.computing(0):
+            kept += [torch.full((50, 50), 1.0), torch.full((50, 50), 2.0)]
+        with pytest.raises(OSError, match="No space left"), activations.away(0):
+            raise AssertionError("is not entered")
+    assert [tensor.unique().tolist() for tensor in kept] == [[1], [2]]
+
+
 def test_what_is_dropped_is_not_kept(device: str) -> None:
     with Activations(device) as activations:
         with activations.computing(0):

@@ -92,7 +92,7 @@ def check_output(output: Path, source: Path | None, name: str) -> None:
         ValueError: `output` is a file or `source`, or holds a dense model.
         OSError: Nothing can be written there.
     """
-    from ..loading import PACKED, read_json
+    from ..loading import PACKED, quantization_method, read_json
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"OUT must be a folder, and {output} is a file: give another path.")
@@ -100,8 +100,7 @@ def check_output(output: Path, source: Path | None, name: str) -> None:
         raise ValueError(f"OUT is {name} ({output}): give another folder, it is not overwritten.")
     file = output / "config.json"
     config = read_json(file) if file.is_file() else None
-    packed = config is not None and (config.get("quantization_config") or {}).get("quant_method") == PACKED
-    if config is not None and "sparsity_config" not in config and not packed:
+    if config is not None and "sparsity_config" not in config and quantization_method(config) != PACKED:
         raise ValueError(f"OUT ({output}) holds a dense model, which would be lost: give another folder.")
     check_writable(output)
 

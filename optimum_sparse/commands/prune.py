@@ -143,13 +143,15 @@ def prune(args: Namespace) -> None:
 
     processes = Processes()
     device = device_called(args.device, processes.device)
-    offload = output.with_name(f"{output.name}.offload")
+    beside = Path(os.path.abspath(output))  # OUT may be "."
+    offload = beside.with_name(f"{beside.name}.offload")
     limit = None if args.max_memory is None else parse_size(args.max_memory)
     device_map = None if limit is None else _device_map(args, config, device, limit)
     if device_map:
-        _claim(offload)
+        with processes.main_first():
+            _claim(offload)
     pruner = SparsePruner(config)
-    progress = output.with_name(f"{output.name}.progress") if args.resume else None
+    progress = beside.with_name(f"{beside.name}.progress") if args.resume else None
     try:
         model, tokenizer = load_model(
             args.model, args.dtype, device_map, offload, trust_remote_code=args.trust_remote_code

@@ -152,7 +152,7 @@ def table(findings: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
     for label, key, unit in (("load, s", "load_seconds", 1), ("resident memory, MB", "resident_bytes", 1e6)):
         dense, sparse = (findings[key][form] / unit for form in ("dense", "sparse"))
-        rows.append((label, f"{dense:,.1f}", f"{sparse:,.1f}", f"{sparse / dense:.2f}"))
+        rows.append((label, f"{dense:,.1f}", f"{sparse:,.1f}", f"{sparse / dense:.2f}" if dense else "-"))
     for batch in findings["batches"]:
         for what in ("prefill", "decode"):
             dense, sparse = batch["dense"][what], batch["sparse"][what]

@@ -75,7 +75,8 @@ class SparseLinear(nn.Module):
     def tiles(self) -> Tiles | QuantizedTiles:
         """The packed weight."""
         kind = QuantizedTiles if self.quantized else Tiles
-        return kind((self.out_features, self.in_features), *(getattr(self, name) for name in _PARTS[kind]))
+        parts = (getattr(self, name) for name in _PARTS[kind])
+        return kind((self.out_features, self.in_features), *parts, checked=True)
 
     @property
     def weight(self) -> torch.Tensor:

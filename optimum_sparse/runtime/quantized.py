@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ class QuantizedTiles:
         offsets: `[blocks + 1]` int64; the stored codes before each block, and in all.
         grids: `[blocks, tiles, 8]` int32; the bits of the bfloat16 scale in the upper half, zero in the lowest byte.
         like: Empty; its type is that of the dense weight, to which scale * (code - zero) is rounded.
+        checked: As of `Tiles`.
 
     Raises:
         ValueError: The parts do not belong together.
@@ -41,12 +42,15 @@ class QuantizedTiles:
     offsets: torch.Tensor
     grids: torch.Tensor
     like: torch.Tensor
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         check_parts(self.shape, self.masks, self.codes, self.offsets, self.grids)
         if self.like.dtype not in kernels.TYPES:
             raise TypeError(f"weights are {', '.join(map(str, kernels.TYPES))}, got {self.like.dtype}.")
         stored = self.codes.numel() - PADDING
+        if checked:
+            return
         if compiled(self.codes):
             # Contents do not depend on the type.
             matrix = arguments(self.shape, self.masks, self.codes, self.offsets, self.grids, torch.float32)
@@ -121,6 +125,12 @@ def obstacle(shape: torch.Size | tuple[int, ...], grid: Grid) -> str | None:
     ):
         return f"its grid has {tuple(grid.scale.shape)} groups, and not {expected}"
     return None
+
+
+def packed_bytes(shape: tuple[int, ...], stored: int) -> int:
+    """What the `QuantizedTiles` of a matrix take that has so many weights to store."""
+    blocks, tiles = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
+    return blocks * tiles * ROWS * (COLUMNS // 8 + 4) + stored + PADDING + 8 * (blocks + 1)
 
 
 def unpack(

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..metadata import fold_names
 from ..quantization import Grid
-from . import gpu, kernels, quantized, semi_structured
+from . import gpu, kernels, quantized, semi_structured, tiles
 from .grids import find_grids
 from .linear import DenseLinear, SparseLinear
 from .report import LayerChoice, RuntimeReport
@@ -27,6 +27,7 @@ PREFERENCES = ("speed", "memory")
 MARGIN = 0.98
 # Layers of one kind are measured in turn, up to so many bytes: more than the cache holds, as in the whole model.
 SAMPLE_BYTES = 2**28
+TOO_FEW_ZEROS = "it has too few zeros to become smaller"
 
 
 def sparsify_for_inference(
@@ -105,9 +106,11 @@ def sparsify_for_inference(
 
 def copy_what_stays(model: nn.Module) -> None:
     """Let go of the checkpoint: one tensor that is mapped from a file keeps all of it in memory."""
-    dense = [module for module in model.modules() if not isinstance(module, SparseLinear)]
-    tensors = {id(t): t for m in dense for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
-    for tensor in tensors.values():
+    tensors = dict.fromkeys(model.parameters())
+    for module in model.modules():
+        if not isinstance(module, SparseLinear):  # whose buffers are its own
+            tensors |= {buffer: None for buffer in module._buffers.values() if buffer is not None}
+    for tensor in tensors:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
@@ -159,9 +162,8 @@ class _Candidate:
             return f"there is no packed form for {self.dtype}"
         if self.tied:
             return "another layer uses the same weight"
-        # A bit for each weight, and the weights that are left.
-        if self.nonzero + self.numel / 8 / self.dtype.itemsize >= self.numel:
-            return "it has too few zeros to become smaller"
+        if tiles.packed_bytes(self.shape, self.nonzero, self.dtype.itemsize) >= self.numel * self.dtype.itemsize:
+            return TOO_FEW_ZEROS
         return None
 
 
@@ -212,7 +214,8 @@ def why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
         grid.codes(weight)
     except ValueError as error:
         return str(error)
-    return None
+    too_large = quantized.packed_bytes(weight.shape, int(torch.count_nonzero(weight))) >= weight.nbytes
+    return TOO_FEW_ZEROS if too_large else None
 
 
 def _reason_to_stay(module: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch.nn import functional as F
@@ -30,6 +30,9 @@ class Tiles:
         values: `[stored + 32]`; the last 32 are zeros.
         offsets: `[blocks + 1]` int64; the stored values before each block, and in all.
 
+        checked: Whether it is known that the bits of the masks are as many as offsets and values say, which takes a time
+            like that of a product to see.
+
     Raises:
         ValueError: The parts do not belong together.
         TypeError: The values are not bfloat16, float16 or float32.
@@ -39,10 +42,11 @@ class Tiles:
     masks: torch.Tensor
     values: torch.Tensor
     offsets: torch.Tensor
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         check_parts(self.shape, self.masks, self.values, self.offsets)
-        if not self._consistent():
+        if not (checked or self._consistent()):
             raise ValueError(
                 "masks, values and offsets do not belong together: bits stand outside of the matrix, or the numbers "
                 "of set bits are not those of the values. The data is corrupt: pack the weight again."
@@ -136,6 +140,12 @@ def arguments(
 ) -> tuple[int, ...]:
     """What the functions of the extension take first; the tensors must outlive the call."""
     return (*shape, masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), kernels.TYPES[values.dtype], 0)
+
+
+def packed_bytes(shape: tuple[int, int], stored: int, itemsize: int) -> int:
+    """What the `Tiles` of a matrix take that has so many weights to store."""
+    blocks, tiles = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
+    return blocks * tiles * ROWS * COLUMNS // 8 + (stored + PADDING) * itemsize + 8 * (blocks + 1)
 
 
 def check_parts(shape: tuple[int, int], masks: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> None:

@@ -413,3 +413,12 @@ def test_resident_memory(tmp_path):
     assert held["dense"] >= prunable
     assert prunable - (held["dense"] - held["sparse"]) <= 0.62 * prunable
     assert held["sparse"] <= 0.62 * held["dense"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not show what is mapped")
+def test_the_files_do_not_stay_in_memory(tmp_path):
+    packed, _ = packed_and_dense("qwen2", tmp_path)
+    model = load_sparse(packed)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, SparseLinear) and layer.bias is not None
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

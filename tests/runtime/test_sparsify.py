@@ -18,6 +18,7 @@ from optimum_sparse.saving import GRIDS_FILE
 
 from ..helpers import ARCHITECTURES, tiny_batches, tiny_model
 from .levels import use_level
+from .test_quantized import random_grid, random_values
 
 
 def prune(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
@@ -477,8 +478,9 @@ def test_memory_of_dense_weights_is_given_back():
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not show what is mapped")
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_checkpoint_does_not_stay_in_memory(tied: bool, tmp_path):
-    prune(tiny_model("llama", tie_word_embeddings=tied)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"], ids=["", "biases"])
+def test_the_checkpoint_does_not_stay_in_memory(architecture: str, tied: bool, tmp_path):
+    prune(tiny_model(architecture, tie_word_embeddings=tied)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     expected = model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=8, do_sample=False)
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
@@ -504,3 +506,19 @@ def test_smollm2_generates_the_same_64_tokens(smollm2):
     with torch.no_grad():
         expected = dense(**tokens).logits
         assert (model(**tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_with_prefer_memory_nothing_becomes_larger(quantized: bool):
+    """Tiles are padded to 8 rows, which a matrix with one of them has to make up for."""
+    for rows, sparsity in ((1, 0.3), (1, 0.95), (2, 0.2), (9, 0.1), (64, 0.5)):
+        layer, grids = nn.Linear(2048, rows, bias=False).bfloat16(), None
+        if quantized:
+            grids = {"0": random_grid(rows, 2048)}
+            layer.weight.data = random_values(rows, 2048, grids["0"], sparsity).bfloat16()
+        else:
+            layer.weight.data.masked_fill_(torch.rand(rows, 2048) < sparsity, 0)
+        model = nn.Sequential(layer)
+        (choice,) = sparsify_for_inference(model, prefer="memory", grids=grids).layers
+        assert choice.bytes <= choice.dense_bytes
+        assert choice.choice in ("sparse", "int8") or rows < 64
