@@ -116,7 +116,7 @@ class Blocks:
             lockstep.go_on(twin.batch for twin in twins.values())
             judges = [call for call in calls if call.batch in dense_outputs]
             self._solver.write(self._best(lockstep, block, candidates, judges, dense_outputs))
-            if self._config.reconstruct and calls and not outputs:
+            if self._config.reconstruct and groups and calls and not outputs:
                 self._report.notes.append(f"{block} was not trained: it puts out no tensor")
             return self._reconstruct(lockstep, block, calls, groups, outputs) if outputs else []
 
@@ -167,7 +167,7 @@ class Blocks:
             return inputs, None
 
         def keep(batch: int, use: Use) -> None:
-            inputs[use.view] = use.inputs
+            inputs[use.view] = use.inputs.clone()  # the block may write to them when they have been used
 
         output = self._forwards.run_parked(lockstep, module, call, keep)
         return inputs, output if isinstance(output, torch.Tensor) else None

@@ -123,7 +123,7 @@ class SparseConfig:
     min_expert_tokens: int | None = _option(
         None,
         "an expert that fewer calibration tokens are routed to is pruned on a blend with all tokens of its layer "
-        "(default: its number of inputs for sparsegpt, 64 for wanda)",
+        "(default: 64 for wanda and ria alone, else its number of inputs)",
     )
     calibrate_all_experts: bool = _option(False, "prune each expert on all tokens of its layer, not only its own")
     comparison_group: str | None = _option(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .calibration import BATCH_TOKENS_ACCELERATOR, BATCH_TOKENS_CPU, DEFAULT_SEQLEN
-from .calibration.interface import is_encoder_decoder, longest_input
+from .calibration.interface import is_encoder_decoder, longest_input, without_cache
 from .config import SparseConfig
 from .estimate import (
     available_memory,
@@ -118,8 +118,10 @@ def _outline(model: nn.Module, config: SparseConfig) -> Outline:
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation(EXPERTS)
 
+    options = without_cache(model)
+
     def forward(inputs: Mapping[str, Any]) -> None:
-        model(**inputs, use_cache=False)
+        model(**inputs, **options)
 
     if is_encoder_decoder(model):
         batch["decoder_input_ids"] = batch["input_ids"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.batches import num_rows, split_rows
-from .calibration.interface import is_encoder_decoder
+from .calibration.batches import num_rows, split_rows, usable
+from .calibration.interface import is_encoder_decoder, without_cache
 from .distributed import Processes
 from .lockstep import Call, Lockstep
 from .matrices import PrunableMatrix, text_models
@@ -60,8 +59,7 @@ class Forwards:
         self._processes = processes
         self._text = text_models(model)
         self._device = execution_device(model)
-        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if takes_cache else {}
+        self._options = without_cache(model)
         self.activations = Activations(None)
         self.num_twins = 0
         self._set(batches)
@@ -114,7 +112,7 @@ class Forwards:
     def run(self, batch: Mapping[str, Any]) -> Any:
         """What the model puts out for a batch, on the device of its embeddings and without a cache."""
         inputs = {k: v.to(self._device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        return self.model(**{**inputs, **self._options})
+        return self.model(**{**usable(inputs), **self._options})
 
     def whole(self, on_use: OnUse) -> None:
         """Run the model on one batch after the other."""

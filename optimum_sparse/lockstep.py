@@ -37,7 +37,7 @@ class Call:
 class Lockstep:
     """Run one forward per batch, parking all of them at each stop in turn.
 
-        with Lockstep(forward, batches, stops) as lockstep:
+        with Lockstep(forward, len(batches), stops) as lockstep:
             for stop, calls in lockstep:
                 ...  # all batches that reach `stop` are parked there; change its weights here
 

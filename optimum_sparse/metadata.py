@@ -313,7 +313,7 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
             module = model.get_submodule(owner)
         except AttributeError:
             continue  # it is not there
-        parameter = module._parameters.get(attribute)
+        parameter: torch.Tensor | None = module._parameters.get(attribute)
         if isinstance(module, SparseLinear) and attribute == "weight":
             parameter = module.weight  # which it writes to a checkpoint
         if parameter is not None and index < parameter.numel() // (shape[0] * shape[1]):

@@ -17,6 +17,23 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _RESHAPES = (torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.flatten, torch.reshape, torch.flatten)
 
 
+def tokens_out(batch: Mapping[str, Any], decoder: bool) -> torch.Tensor | None:
+    """Which tokens of a batch are no padding, `[rows, tokens]`, as far as the batch says so.
+
+    Args:
+        batch: The inputs of a model.
+        decoder: Whether those are meant that a decoder with an encoder before it takes. It has a mask of its own, or
+            takes all tokens, but for those behind the last label.
+    """
+    mask = batch.get("attention_mask")
+    if decoder:
+        mask, ids, labels = (batch.get(f) for f in ("decoder_attention_mask", "decoder_input_ids", "labels"))
+        if mask is None and ids is not None:
+            mask = torch.ones_like(ids)
+        mask = labels != NO_LABEL if mask is None and labels is not None else mask
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
 class Padding:
     """Tells padding from tokens in one forward of one batch.
 
@@ -39,16 +56,10 @@ class Padding:
 
         Args:
             batch: The inputs of a model.
-            decoder_too: Whether it has an encoder and a decoder, which has a mask of its own, or takes all tokens, but
-                for those behind the last label.
+            decoder_too: Whether it has an encoder and a decoder.
         """
-        masks = [batch.get("attention_mask")]
-        if decoder_too:
-            mask, ids, labels = (batch.get(f) for f in ("decoder_attention_mask", "decoder_input_ids", "labels"))
-            if mask is None and ids is not None:
-                mask = torch.ones_like(ids)
-            masks.append(labels != NO_LABEL if mask is None and labels is not None else mask)
-        return cls([mask for mask in masks if isinstance(mask, torch.Tensor) and mask.ndim == 2])
+        masks = [tokens_out(batch, decoder) for decoder in ((False, True) if decoder_too else (False,))]
+        return cls([mask for mask in masks if mask is not None])
 
     def __bool__(self) -> bool:
         """Whether there is any."""

@@ -144,7 +144,15 @@ class SparsePruner:
         started = time.perf_counter()
         processes = Processes()
         shown = self.progress and processes.is_main
-        with torch.no_grad(), _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
+        # Made in inference mode, weights can be changed in no other, and nothing else is better done in it.
+        inference = any(parameter.is_inference() for parameter in model.parameters())
+        if inference and self.config.reconstruct:
+            raise ValueError(
+                "reconstruct trains weights, and those of this model were made in torch.inference_mode(): load the "
+                "model outside of it."
+            )
+        modes = torch.inference_mode(inference), torch.no_grad()
+        with modes[0], modes[1], _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:

@@ -158,7 +158,15 @@ class _Trainer:
         with torch.enable_grad():
             error = self._error(batch, target) * scale
         # Not `backward`, which would also give gradients to the parameters of the block that are not trained.
-        gradients = torch.autograd.grad(error, list(self.masters.values()), allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(error, list(self.masters.values()), allow_unused=True)
+        except RuntimeError as problem:
+            if "inplace" not in str(problem):
+                raise
+            raise ValueError(
+                f"{type(self._block).__name__} cannot be trained, since it writes to activations that gradients are "
+                "computed from: leave out reconstruct."
+            ) from problem
         for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
             kept = self._kept.get(name)
             master.grad = gradient if gradient is None or kept is None else gradient * kept

@@ -80,7 +80,8 @@ class Steps:
         self._order = {step: position for position, step in enumerate(members)}
         self._matrices = {matrix.name: matrix for matrices in members.values() for matrix in matrices}
         self._step_of = {matrix.name: step for step, matrices in members.items() for matrix in matrices}
-        self._ends = set({matrix.block: step for step, matrices in members.items() for matrix in matrices}.values())
+        last = {matrix.block: step for step, matrices in members.items() for matrix in matrices}
+        self._ends = {self._order[step] for step in last.values()}
         self.late: Counter[Any] = Counter()
         self.trained: dict[str, Any] = {}
         self._to_restore: dict[Any, dict[Path, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -96,6 +97,7 @@ class Steps:
                 self.restore(step)
             processes.wait()
         self._num_saved = len(report.matrices)
+        self._behind = done - 1
         self.left = frozenset(step for step, position in self._order.items() if position >= done)
 
     def _take_up(self, file: Path) -> int:
@@ -122,13 +124,16 @@ class Steps:
             self._residency.restore(file, names)
 
     def did(self, step: Any) -> None:
-        """A step is done.
+        """A step is done, and none before it will be.
 
         Raises:
             OSError: It could not be saved; the files before it are as they were.
         """
-        if step in self._ends:
-            self._save(self._order[step] + 1)
+        position = self._order[step]
+        # The last step of a block may never come: experts with few tokens are done before.
+        if any(self._behind < end <= position for end in self._ends):
+            self._save(position + 1)
+        self._behind = position
 
     def finish(self) -> None:
         """All steps are done, or came to nothing."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .allocation import allocate, allocated, describe
 from .blocks import Blocks
 from .calibration.batches import holds_tokens, num_rows, shortened
+from .calibration.interface import is_encoder_decoder
 from .config import SparseConfig
 from .distributed import Processes
 from .estimate import duration, free_memory, held_memory, num_tokens, run_seconds
@@ -38,7 +39,7 @@ from .sensitivity import excerpt, expected_rises
 from .solver import Clock, Group, Solver
 from .spill import Activations
 from .stages import Stages
-from .statistics import NormStatistics, Statistics
+from .statistics import GramStatistics, NormStatistics, Statistics
 from .trace import Stop, Trace, trace
 from .uses import Watched
 
@@ -109,7 +110,10 @@ class PruningRun:
         data_free = self._solver.statistics is None
         self._check_processes()
         rounds = self.config.quantization is not None
-        slow = fused.missing(execution_device(self._model), rounds) if METHODS[self.config.method].sweeps else None
+        # Whatever knows the Gram matrix rounds column by column.
+        kind = self._solver.statistics
+        sweeps = METHODS[self.config.method].sweeps or (rounds and issubclass(kind or Statistics, GramStatistics))
+        slow = fused.missing(execution_device(self._model), rounds) if sweeps else None
         self._report.notes += [*([slow] if slow else []), *unmatched(self._model, self.config)]
         seen = self._probe(data_free)
         matrices, self._report.skipped = find_matrices(self._model, self.config, seen, unused_too=data_free)
@@ -269,7 +273,8 @@ class PruningRun:
         # A batch has the seed that it would have in one process.
         first, step = self.config.seed + self._processes.index, self._processes.count
         seeds = range(first, first + step * len(forwards.batches), step)
-        found = expected_rises(forwards.run, forwards.batches, matrices, inputs, group, seeds)
+        decoder = is_encoder_decoder(self._model)
+        found = expected_rises(forwards.run, forwards.batches, matrices, inputs, group, seeds, decoder)
         rises = torch.tensor(found, dtype=torch.float64, device=self._processes.device)
         self._processes.sum_(rises)
         if not rises.any() and any(matrix.pattern.sparsity for matrix in matrices):

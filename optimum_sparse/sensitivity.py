@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from .allocation import SAMPLE
-from .calibration.batches import num_rows, shortened
+from .calibration.batches import num_rows, shortened, usable
 from .matrices import PrunableMatrix
+from .padding import tokens_out
 from .patterns import keep_mask
 from .statistics import Statistics
 
@@ -54,6 +55,7 @@ def expected_rises(
     statistics: Sequence[Statistics | None],
     group: str,
     seeds: Sequence[int],
+    decoder: bool = False,
 ) -> list[float]:
     """What is expected to be added to the loss if a matrix alone is pruned, by |W_ij| * ||X_j|| and without an update.
 
@@ -66,6 +68,7 @@ def expected_rises(
         statistics: Of the inputs of each; `None` for one that did not run.
         group: As for `keep_mask`.
         seeds: For each batch, that of the classes that are drawn.
+        decoder: Whether the logits are those of a decoder with an encoder before it.
 
     Returns:
         For each matrix the rise of the loss in nats, summed over the batches; 0 if no gradient comes to it.
@@ -96,15 +99,14 @@ def expected_rises(
         return rises
     with _gradients(list(of_parameter), take) as parameters:
         for batch, seed in zip(batches, seeds, strict=True):
-            # What the caller made in inference mode cannot be used where there are gradients.
-            output = run({name: _usable(value) for name, value in batch.items()})
+            output = run(usable(batch))
             logits = getattr(output, "logits", None)
             if not isinstance(logits, torch.Tensor):
                 raise ValueError(
                     f"allocation='loss' needs a model that puts out logits, got {type(output).__name__}: load it with "
                     "the head that it was trained with, or choose allocation='error'."
                 )
-            _loss_of_draws(logits, batch, seed).backward(inputs=parameters)
+            _loss_of_draws(logits, tokens_out(batch, decoder), seed).backward(inputs=parameters)
     if bad := [matrix.name for matrix, rise in zip(matrices, rises, strict=True) if not math.isfinite(rise)]:
         raise ValueError(
             f"allocation='loss' needs finite gradients; those of {len(bad)} matrices are not, {bad[0]} among them: "
@@ -114,18 +116,14 @@ def expected_rises(
     return rises
 
 
-def _usable(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
-def _loss_of_draws(logits: torch.Tensor, batch: Mapping[str, Any], seed: int) -> torch.Tensor:
+def _loss_of_draws(logits: torch.Tensor, mask: torch.Tensor | None, seed: int) -> torch.Tensor:
     """The loss for classes that are drawn from the logits, in nats, summed over all but padding."""
     scores = logits.flatten(end_dim=-2).float().log_softmax(-1)
-    numbers = torch.rand(len(scores), 1, generator=torch.Generator().manual_seed(seed)).to(scores.device)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.rand(len(scores), 1, generator=generator, dtype=scores.dtype).to(scores.device)
     drawn = torch.searchsorted(scores.detach().exp().cumsum(-1), numbers).clamp(max=scores.shape[-1] - 1)
     losses = -scores.gather(-1, drawn)[:, 0]
-    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-    if isinstance(mask, torch.Tensor) and mask.shape == logits.shape[:-1]:
+    if mask is not None and mask.shape == logits.shape[:-1]:
         losses = losses[mask.flatten().bool().to(losses.device)]
     return losses.sum()
 

@@ -138,9 +138,9 @@ class NormStatistics(Statistics):
 
 
 class GramStatistics(Statistics):
-    """The Gram matrix X^T X of a layer's inputs, summed over all tokens without scaling.
+    """The Gram matrix X^T X of a layer's inputs, summed over all tokens, without scaling unless `equal_tokens`.
 
-    Half-precision inputs have exact products in fp32, which scaling them first would destroy.
+    Half-precision inputs have exact products in fp32, which scaling them first destroys.
     """
 
     @staticmethod

@@ -197,7 +197,8 @@ class _Probe(WeightUses):
             self._empty.append(inputs)
             return id(inputs)
         number = self._numbers.setdefault(inputs.untyped_storage(), len(self.events))
-        version = 0 if inputs.is_inference() else inputs._version
+        # Nobody counts how often a tensor was written to that was made in inference mode.
+        version = len(self.events) if inputs.is_inference() else inputs._version
         return number, inputs.storage_offset(), inputs.numel(), inputs.shape[-1], inputs.stride(), version
 
     def __torch_function__(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -270,3 +271,13 @@ def test_what_does_not_go_together(options: dict, message: str):
 def test_it_goes_block_by_block():
     config = SparseConfig(reconstruct=5)
     assert config.true_sequential is False and SparseConfig.from_dict(config.to_dict()) == config
+
+
+def test_blocks_with_nothing_to_prune_are_not_said_to_be_untrained():
+    """Of an offloaded model, batches stop at all blocks."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    pruner = SparsePruner(method="wanda", reconstruct=1, block_range=(1, 2), batch_size=2, progress=False)
+    pruner.prune(model, dataset=tiny_batches(2))
+    assert list(pruner.report.reconstruction) == ["model.layers.1"]
+    assert not any("not trained" in note for note in pruner.report.notes)

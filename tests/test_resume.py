@@ -45,8 +45,9 @@ def weights(model: PreTrainedModel, pruner: SparsePruner, folder: Path) -> tuple
         {"method": "magnitude"},
         {"allocation": "error"},
         {"error_correction": 0.5, "batch_size": 2},
+        {"min_expert_tokens": 1000},
     ],
-    ids=["by group", "by block", "without data", "allocated", "corrected"],
+    ids=["by group", "by block", "without data", "allocated", "corrected", "experts before their turn"],
 )
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "zamba2", "offloaded"])
 @pytest.mark.filterwarnings("ignore::UserWarning")

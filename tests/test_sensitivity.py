@@ -229,3 +229,21 @@ def test_padding_in_front_of_the_tokens():
         allocated.append([entry.zeros for entry in pruner.report.matrices])
     assert allocated[0] == pytest.approx(allocated[1], rel=0.02)
     assert len(set(allocated[0])) > 3
+
+
+def test_only_labels_count_behind_an_encoder():
+    """The mask is that of the encoder, which happens to have as many tokens as there are labels."""
+    weight = nn.Linear(6, 5, bias=False)
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]), torch.tensor([[1, 2, -100, -100], [1, 2, 3, 4]])
+    inputs = NormStatistics(6)
+    inputs.add(x[labels != -100])
+    batch = {"attention_mask": mask, "labels": labels}
+    alone = {"attention_mask": (labels != -100).long()}
+    matrices = [prunable("weight", weight, Unstructured(0.5))]
+    found = [
+        expected_rises(lambda _: SimpleNamespace(logits=weight(x)), [given], matrices, [inputs], "row", [3], decoder)
+        for given, decoder in ((batch, True), (alone, False))
+    ]
+    assert found[0] == found[1]
+    assert found[0][0] > 0

@@ -64,8 +64,18 @@ def _as_rows(values: Any, what: str) -> torch.Tensor:
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
-    """How many rows a batch of model inputs has."""
+    """How many rows a batch of model inputs has; images beside text may have a row for each part of theirs."""
+    if isinstance(ids := batch.get("input_ids"), torch.Tensor) and ids.ndim:
+        return len(ids)
     return max(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def usable(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with copies of what was made in inference mode, which can neither be changed nor be trained with."""
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+        for name, value in batch.items()
+    }
 
 
 def holds_tokens(batch: Mapping[str, Any]) -> bool:

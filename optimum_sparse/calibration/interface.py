@@ -16,6 +16,16 @@ def input_names(model: nn.Module) -> list[str]:
     return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in several]
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument with which the model's forward keeps nothing of its tokens for those to come, if it may do so."""
+    parameters = inspect.signature(model.forward).parameters
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    takes_others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    may = "use_cache" in parameters or (takes_others and hasattr(config, "use_cache"))
+    return {"use_cache": False} if may else {}
+
+
 def check_takes_tokens(model: nn.Module, description: str) -> None:
     """Make sure that the model can be run on text or tokens, here those of `description`.
 

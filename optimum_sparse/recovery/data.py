@@ -114,13 +114,16 @@ def _check_column(rows: Sequence[Mapping[str, Any]], name: str, kinds: Mapping[t
 def _pieces(texts: Iterable[str], tokenizer: Any, seqlen: int) -> list[dict[str, list[int]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # verbose=False: a text longer than the model's context is no mistake here.
-    tokens = list(chain.from_iterable([*tokenizer(text, verbose=False)["input_ids"], *end] for text in texts))
+    ids = (tokenizer(text, verbose=False)["input_ids"] for text in texts)
+    tokens = list(chain.from_iterable([*row, *([] if row[-1:] == end else end)] for row in ids))
     return [_learned(tokens[start : start + seqlen]) for start in range(0, len(tokens) - seqlen + 1, seqlen)]
 
 
 def _completion(prompt: Any, completion: Any, tokenizer: Any) -> dict[str, list[int]]:
     if isinstance(prompt, str):
         before = tokenizer(prompt, verbose=False)["input_ids"]
+        if before[-1:] == [tokenizer.eos_token_id]:  # which some tokenizers put behind each text
+            before = before[:-1]
         answer = tokenizer(completion, verbose=False, add_special_tokens=False)["input_ids"]
         whole = [*before, *answer, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
     else:

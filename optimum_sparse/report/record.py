@@ -34,7 +34,7 @@ class MatrixReport:
             (for methods without a Gram matrix, as if input features were uncorrelated); `None` without calibration.
         num_tokens: Calibration tokens that it saw: for an expert, those routed to it.
         layer_share: The share that the tokens of its whole layer have in the statistics of an expert: 0 if enough were
-            routed to it, 1 if none was.
+            routed to it, 1 if none was, or all experts are pruned on all tokens.
         damping: Fraction of the mean diagonal added to the Hessian, or `None`.
         residual: How far an iterative method was from convergence when it stopped, or `None`.
         seconds: Time of its statistics and its share of the solve.

@@ -74,9 +74,9 @@ class SparseLinear(nn.Module):
     @property
     def tiles(self) -> Tiles | QuantizedTiles:
         """The packed weight."""
-        kind = QuantizedTiles if self.quantized else Tiles
-        parts = (getattr(self, name) for name in _PARTS[kind])
-        return kind((self.out_features, self.in_features), *parts, checked=True)
+        kind: Any = QuantizedTiles if self.quantized else Tiles
+        parts = {name: getattr(self, name) for name in _PARTS[kind]}
+        return kind((self.out_features, self.in_features), **parts, checked=True)
 
     @property
     def weight(self) -> torch.Tensor:

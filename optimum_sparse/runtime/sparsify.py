@@ -106,7 +106,7 @@ def sparsify_for_inference(
 
 def copy_what_stays(model: nn.Module) -> None:
     """Let go of the checkpoint: one tensor that is mapped from a file keeps all of it in memory."""
-    tensors = dict.fromkeys(model.parameters())
+    tensors: dict[torch.Tensor, None] = dict.fromkeys(model.parameters())
     for module in model.modules():
         if not isinstance(module, SparseLinear):  # whose buffers are its own
             tensors |= {buffer: None for buffer in module._buffers.values() if buffer is not None}

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from optimum_sparse.calibration import load_calibration
-from optimum_sparse.calibration.batches import holds_tokens, shortened, split_rows
+from optimum_sparse.calibration.batches import holds_tokens, num_rows, shortened, split_rows
 from optimum_sparse.config import SparseConfig
 from tests.beyond_text import IMAGE_TOKEN, MODELS
 from tests.helpers import VOCABULARY, tiny_model
@@ -240,3 +240,17 @@ def test_other_things_stay_together(batch):
     assert not holds_tokens(batch)
     for same in (shortened(batch), *split_rows(batch, 1)):
         assert same.keys() == batch.keys() and all(same[name] is batch[name] for name in batch)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [
+        ({"input_ids": (3, 9)}, 3),
+        ({"input_ids": (3, 9), "pixel_values": (64, 12), "image_grid_thw": (3, 3)}, 3),  # patches of all images
+        ({"pixel_values": (2, 3, 8, 8)}, 2),
+        ({"mask": (), "inputs_embeds": (4, 9, 16)}, 4),
+    ],
+    ids=str,
+)
+def test_num_rows(shapes: dict[str, tuple[int, ...]], rows: int):
+    assert num_rows({name: torch.zeros(shape) for name, shape in shapes.items()}) == rows

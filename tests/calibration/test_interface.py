@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy
@@ -11,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from optimum_sparse.calibration.interface import without_cache
+from tests.architectures import sweep_model
 from tests.helpers import VOCABULARY, tiny_model
 
 from .helpers import DOCUMENTS, load, words
@@ -118,3 +121,34 @@ def test_same_seed_gives_the_same_bits_in_another_process(llama):
     ]
     assert other.stdout.split() == here
     assert len(set(here)) == 3
+
+
+class Config:
+    def __init__(self, text: object) -> None:
+        self.text = text
+
+    def get_text_config(self) -> object:
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("forward", "text", "has"),
+    [
+        (lambda input_ids, use_cache=None: None, None, True),
+        (lambda input_ids, **others: None, SimpleNamespace(use_cache=True), True),
+        (lambda input_ids, **others: None, SimpleNamespace(), False),
+        (lambda input_ids: None, SimpleNamespace(use_cache=True), False),
+        (lambda input_ids, **others: None, None, False),
+    ],
+)
+def test_models_that_may_keep_a_cache(forward: object, text: object, has: bool):
+    model = SimpleNamespace(forward=forward, config=None if text is None else Config(text))
+    assert without_cache(model) == ({"use_cache": False} if has else {})
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "llama"])
+def test_no_cache_is_kept(name: str):
+    model = tiny_model("llama") if name == "llama" else sweep_model(name)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    assert model(input_ids=ids).past_key_values is not None
+    assert model(input_ids=ids, **without_cache(model)).past_key_values is None

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from optimum_sparse.recovery.data import PadRight, read_rows, tokenize_rows
 from tests.checkpoints import tiny_tokenizer
@@ -30,6 +31,15 @@ def test_text_is_joined_with_eos_and_cut(tokenizer):
     whole = [*ids(tokenizer, "abcde"), 2, *ids(tokenizer, "fgh"), 2]
     assert [e["input_ids"] for e in examples] == [whole[:4], whole[4:8]]  # a rest of two tokens is dropped
     assert all(e["labels"] == e["input_ids"] for e in examples)
+
+
+@pytest.mark.parametrize("row", [{"text": "abcde"}, {"prompt": "ab", "completion": "cde"}], ids=["text", "prompt"])
+def test_tokenizers_that_end_texts_themselves(tokenizer, row):
+    (expected,) = tokenize_rows([row], tokenizer, 6)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 2)])
+    assert tokenizer("ab")["input_ids"][-1] == 2
+    assert tokenize_rows([row], tokenizer, 6) == [expected]
 
 
 def test_only_the_completion_is_learned(tokenizer):
