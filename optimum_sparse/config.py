@@ -386,6 +386,8 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be less than 2^63, got {value}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

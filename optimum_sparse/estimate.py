@@ -82,7 +82,7 @@ def parse_size(size: int | str) -> int:
 
     try:
         found = int(size) if str(size).isdecimal() else convert_file_size_to_int(size)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         found = -1
     if isinstance(size, bool) or found <= 0:
         raise ValueError(f"max_memory must be a number of bytes or like '4GiB' or '500MB', got {size!r}.")

@@ -31,6 +31,11 @@ _INDEX = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])")
 _RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
 # What of a configuration says how weights are quantised.
 QUANTIZATION_FIELDS = ("quantization", "group_size", "symmetric")
+# What each `sparsity_config` has, and what is told of it in cards and reports.
+FIELDS = (
+    *("method", "pattern", "sparsity", "base_model", "base_revision"),
+    *("dataset", "num_samples", "num_tokens", "seed", "versions"),
+)
 _MOST_NAMES = 1_000_000
 _HUB_SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})$")
 
@@ -236,6 +241,25 @@ def recount(
     return current
 
 
+def earlier_record(model: nn.Module) -> dict[str, Any] | None:
+    """The `sparsity_config` of a model that had been pruned before, unless it has weights of another one since.
+
+    One that is damaged is left out, with a warning.
+    """
+    record = getattr(getattr(model, "config", None), "sparsity_config", None)
+    if not isinstance(record, dict) or "achieved_sparsity" not in record:
+        return None  # none of ours
+    try:
+        claim = next((claim for claim in check_record(record).values() if claim.zeros), None)
+        if claim is None:
+            return record
+        matrices = (matrix_of(model, name, claim.shape, claim.transposed)[1] for name in claim.names)
+        return record if any(count(matrix).zeros for matrix in matrices) else None
+    except ValueError as error:
+        logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
+        return None
+
+
 def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a model that had been pruned before, with the matrices that were pruned then and not now.
 
@@ -249,7 +273,9 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
     try:
         for folded, entry in earlier["matrices"].items():
             for others in fold_names([name for name in expand_name(folded) if name not in now]):
-                matrices[others] = _recounted(model, expand_name(others), entry)
+                again = _recounted(model, expand_name(others), entry)
+                if again["zeros"] or not entry["zeros"]:  # else they have been replaced
+                    matrices[others] = again
     except ValueError as error:
         logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
         matrices = dict(record["matrices"])
@@ -326,6 +352,18 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, int], transposed: b
     )
 
 
+def check_record(record: Any) -> dict[str, Claim]:
+    """As `read_claims`, of a record that has everything that is told about a model.
+
+    Raises:
+        ValueError: As `read_claims`, or something is missing.
+    """
+    claims = read_claims(record)
+    if missing := [name for name in FIELDS if name not in record]:
+        raise ValueError(f"sparsity_config is damaged: it has no {', '.join(missing)}.")
+    return claims
+
+
 def read_claims(metadata: Any) -> dict[str, Claim]:
     """What a `sparsity_config` says about each group of matrices, by folded name.
 
@@ -335,11 +373,16 @@ def read_claims(metadata: Any) -> dict[str, Claim]:
     Raises:
         ValueError: It is not of the form that `sparsity_config` writes, or contradicts itself.
     """
-    try:
-        claims = {folded: _claim(folded, entry) for folded, entry in metadata["matrices"].items()}
-        achieved = metadata["achieved_sparsity"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"sparsity_config is not of the form that optimum_sparse writes ({error!r}).") from error
+    form = "sparsity_config is not of the form that optimum_sparse writes"
+    entries = metadata.get("matrices") if isinstance(metadata, Mapping) else None
+    if not isinstance(entries, Mapping) or "achieved_sparsity" not in metadata:
+        raise ValueError(f"{form}: it must be an object with 'matrices', an object, and 'achieved_sparsity'.")
+    claims, achieved = {}, metadata["achieved_sparsity"]
+    for folded, entry in entries.items():
+        try:
+            claims[folded] = _claim(folded, entry)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{form}: of {folded!r} it says {str(entry)[:200]} ({error}).") from error
     if not claims:
         raise ValueError("sparsity_config names no matrix.")
     if achieved != _achieved(metadata["matrices"]):

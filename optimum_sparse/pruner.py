@@ -134,8 +134,7 @@ class SparsePruner:
         tie_offloaded(model)
         find_matrices(model, self.config)  # what is wrong whatever the data is said before they are loaded
         report = self.report = SparsityReport(config=self.config.to_dict())
-        before = getattr(getattr(model, "config", None), "sparsity_config", None)
-        before = before if isinstance(before, dict) and "achieved_sparsity" in before else None  # ours
+        before = metadata.earlier_record(model)
         if before is not None:
             how = f"by {before['method']}, to {before['achieved_sparsity']:.2%} zeros"
             report.notes.append(
@@ -242,6 +241,8 @@ class SparsePruner:
                     "saved": weight_bytes(folder),
                 }
                 write_report(self.report, folder, page=Path(directory, PAGE_FILE).is_file())
+            if _is_card(Path(directory, "README.md")):  # of what was here before
+                self._write_card(model, folder, Path(directory).resolve().name, compressed)
 
     def push_to_hub(
         self,
@@ -267,15 +268,13 @@ class SparsePruner:
         Returns:
             URL of the commit; empty in the other processes.
         """
-        from .integrations.hub import model_card, push_folder, save_card
+        from .integrations.hub import push_folder
 
         if not Processes().is_main:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
-            name = class_to_load(type(model).__name__)
-            card = model_card(model.config.sparsity_config, self.report, repo_id, name, compressed)
-            save_card(card, folder, self.report)
+            self._write_card(model, folder, repo_id, compressed)
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,6 +290,13 @@ class SparsePruner:
         """
         return cls(SparseConfig.from_dict(options))
 
+    def _write_card(self, model: PreTrainedModel, folder: str | Path, repo_id: str, compressed: bool) -> None:
+        from .integrations.hub import model_card, save_card
+
+        name = class_to_load(type(model).__name__)
+        card = model_card(model.config.sparsity_config, self.report, repo_id, name, compressed)
+        save_card(card, folder, self.report)
+
     def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -304,6 +310,11 @@ class SparsePruner:
                 "with its own save_pretrained."
             )
         return record
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is the card of a model that was pruned with this package."""
+    return path.is_file() and "\n- optimum-sparse\n" in path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
@@ -363,7 +374,8 @@ def _check_model(model: Any) -> None:
         raise ValueError(
             "The model is compiled, or a module of it, so its layers cannot be watched: prune it before torch.compile."
         )
-    adapters: Any = getattr(model, "peft_config", None)
+    # PEFT can also have put them into a part of the model.
+    adapters: Any = next(filter(None, (getattr(module, "peft_config", None) for module in model.modules())), None)
     if adapters:
         raise ValueError(
             f"The model carries adapters ({', '.join(adapters)}): prune the model without them, or "

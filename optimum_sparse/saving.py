@@ -61,6 +61,8 @@ def replace_folder(directory: str | Path) -> Iterator[Path]:
             for path in directory.glob(pattern):
                 if path.relative_to(directory) not in new:
                     path.unlink()
+                    if path.parent != directory and not any(path.parent.iterdir()):
+                        path.parent.rmdir()
     finally:
         shutil.rmtree(temporary)
         if is_new and not any(directory.iterdir()):

@@ -21,7 +21,7 @@ from .methods.refine import refine
 from .methods.rescale import rescale
 from .methods.threads import one_thread
 from .offload import Residency
-from .patterns import SharedRows
+from .patterns import Pattern, SharedRows
 from .precision import full_precision
 from .progress import Progress
 from .quantization import Grid
@@ -98,8 +98,11 @@ class Solver:
         """
         solved = []
         with self.timed("solve") as clock, self._residency.holding(matrix.view.parameter for matrix in group):
-            for pattern in dict.fromkeys(matrix.pattern for matrix in group):
-                stack, begun = [matrix for matrix in group if matrix.pattern == pattern], clock.elapsed
+            alike: dict[tuple[Pattern, torch.dtype], list[PrunableMatrix]] = {}
+            for matrix in group:
+                alike.setdefault((matrix.pattern, matrix.parameter.dtype), []).append(matrix)
+            for stack in alike.values():
+                begun = clock.elapsed
                 # The caller may have autocast on for the model's sake; the solver works in fp32.
                 with torch.autocast(stack[0].device.type, enabled=False), full_precision(), self._threads_for(stack):
                     solutions, errors = self._solve_stack(stack, statistics, correction)

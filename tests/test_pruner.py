@@ -712,3 +712,72 @@ def test_no_progress_is_silent(capsys):
     pruned(tiny_model())
     out = capsys.readouterr()
     assert out.err == "" and out.out == ""
+
+
+def test_weights_that_are_dense_again_have_not_been_pruned(tmp_path):
+    model = tiny_model()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned(model, method="magnitude")
+    model.load_state_dict(dense)
+    pruner = pruned(model, method="magnitude", block_range=(0, 1))
+    assert not any("pruned before" in note for note in pruner.report.notes)
+    assert set(model.config.sparsity_config["matrices"]) == {entry.name for entry in pruner.report.matrices}
+    assert model.config.sparsity_config["achieved_sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"matrices": None},
+        {"matrices": []},
+        {"matrices": {"model.layers.0.mlp.up_proj": None}},
+        {"achieved_sparsity": "half"},
+        {"method": None},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_left_out(change, caplog):
+    model = tiny_model()
+    pruned(model, method="magnitude")
+    record = {**model.config.sparsity_config, **change}
+    model.config.sparsity_config = {name: value for name, value in record.items() if name != "method" or value}
+    pruned(model, method="magnitude", block_range=(0, 1))
+    assert "left out of the record" in caplog.text
+    assert len(model.config.sparsity_config["matrices"]) == 7
+
+
+def test_matrices_of_two_types_that_share_inputs_keep_their_values():
+    model = tiny_model()
+    layer = model.model.layers[0].self_attn
+    layer.q_proj.bfloat16()
+    before = layer.k_proj.weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        pruned(model, method="wanda", targets=["*.q_proj", "*.k_proj"])
+    kept = layer.k_proj.weight != 0
+    assert torch.equal(layer.k_proj.weight[kept], before[kept]) and kept.float().mean() == 0.5
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+
+
+def test_adapters_in_a_part_of_the_model_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    get_peft_model(model.model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"carries adapters \(default\)"):
+        pruned(model)
+
+
+def test_a_card_tells_of_the_model_beside_it(tmp_path):
+    from optimum_sparse.integrations.hub import model_card, save_card
+
+    model = tiny_model()
+    pruned(model, method="magnitude").save(model, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    save_card(model_card(model.config.sparsity_config), tmp_path)
+    model = tiny_model()
+    pruned(model, method="wanda").save(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "`wanda`" in card and "`magnitude`" not in card
+    (tmp_path / "README.md").write_text("mine")
+    pruned(model, method="magnitude").save(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"

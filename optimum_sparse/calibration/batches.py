@@ -56,7 +56,7 @@ def token_rows(items: Iterable[Mapping[str, Any]], others: Sequence[str] = ()) -
 def _as_rows(values: Any, what: str) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{what} must be a list or tensor with rows of one length ({error}).") from error
     if tensor.ndim not in (1, 2) or tensor.numel() == 0 or tensor.is_floating_point():
         raise ValueError(f"{what} must be integers [tokens] or [rows, tokens], got {_form(tensor)}.")
@@ -166,6 +166,9 @@ def _count_rows(batch: Any, index: int, model: nn.Module) -> int:
             f"'input_ids' in batch {index} of the calibration data must be an integer tensor [rows, tokens], "
             f"got {_form(ids)}."
         )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any():
+        raise ValueError(f"'attention_mask' in batch {index} of the calibration data is 0 for all tokens.")
     main = main_input(model, batch)
     if main is None or main.numel() == 0:
         held = ", ".join(f"{name}: {_form(value)}" for name, value in batch.items())

@@ -97,6 +97,7 @@ def generate_windows(
     num_new = seqlen - prefixes.shape[1]
     if num_new < 1:
         raise ValueError(f"dataset='self' needs seqlen to be at least {prefixes.shape[1] + 1} here, got {seqlen}.")
+    authors = model.generation_config
     settings = GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
@@ -109,6 +110,7 @@ def generate_windows(
         max_new_tokens=num_new,
         pad_token_id=0,  # never used, as all rows have one length; without it, generate() warns
         use_cache=True,
+        eos_token_id=authors.eos_token_id,
     )
     # Parameters on "meta" are offloaded; their hooks take inputs from the CPU to where they are needed.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
@@ -128,10 +130,12 @@ def generate_windows(
         ) as bar,
     ):
         torch.manual_seed(seed)
-        for rows in prefixes.to(device).split(max(1, TOKENS_AT_ONCE // seqlen)):
-            counter = _Counter(bar) if progress else None  # it takes every token to the CPU
-            text = model.generate(
-                rows, attention_mask=torch.ones_like(rows), generation_config=settings, streamer=counter
-            )
-            windows.append(text.cpu())
+        try:
+            model.generation_config = settings  # `generate` would fill what is left open with what the authors chose
+            for rows in prefixes.to(device).split(max(1, TOKENS_AT_ONCE // seqlen)):
+                counter = _Counter(bar) if progress else None  # it takes every token to the CPU
+                text = model.generate(rows, attention_mask=torch.ones_like(rows), streamer=counter)
+                windows.append(text.cpu())
+        finally:
+            model.generation_config = authors
     return torch.cat(windows)

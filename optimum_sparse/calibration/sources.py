@@ -199,6 +199,11 @@ def _hub_rows(path: str, config: str | None, split: str, seed: int) -> Iterator[
             f"name ({', '.join(SHORT_NAMES)} are short names) and the connection, or calibrate without the Hub: on a "
             "local .txt, .jsonl or .parquet file, a list of strings, or dataset='self', text that the model generates."
         ) from error
+    except ValueError as error:  # of `datasets` or PyArrow, and long
+        raise ValueError(
+            f"{path!r} has no rows that can be read ({str(error).splitlines()[0][:200]}): give a dataset, or a .txt, "
+            ".jsonl or .parquet file."
+        ) from error
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +41,31 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if _comes_from(error, KeyboardInterrupt):  # which has become an error in an import of transformers
+            _interrupted()
         logger.debug("The error below was raised here.", exc_info=True)
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # as a shell reports a program that Ctrl-C ended
+        _interrupted()
+
+
+def _comes_from(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)  # as a shell reports a program that Ctrl-C ended
+
+
+def folder(name: str) -> Path:
+    """The path of a folder on a command line, where an empty name is a variable that was not set."""
+    if not name:
+        raise argparse.ArgumentTypeError("an empty name is no folder ('.' is the one you are in)")
+    return Path(name)
 
 
 def device_called(name: str, given: torch.device | None = None) -> torch.device:

@@ -88,6 +88,7 @@ class BenchCommand(BaseOptimumCLICommand):
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(findings, indent=2) + "\n", encoding="utf-8")
             if args.plot is not None:
+                args.plot.parent.mkdir(parents=True, exist_ok=True)
                 measure.plot(findings, args.plot)
         if report is not None:
             # A report is published with the model: no paths of this machine.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import hub_errors, local_path, model_class, read_json
-from ..metadata import Claim, Count, against_grid, count, differences, expand_name, fold_names, matrix_of, read_claims
+from ..metadata import Claim, Count, against_grid, check_record, count, differences, expand_name, fold_names, matrix_of
 from ..tables import text_table
 from . import user_errors
 
@@ -36,6 +36,8 @@ COMMON_PATTERNS = ("1:4", "2:4", "4:8", "8:16")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
+NOTHING = "config.json has no sparsity_config: there is nothing to compare the weights with."
+
 
 class InspectCommand(BaseOptimumCLICommand):
     """Prints the sparsity of a checkpoint and checks its metadata."""
@@ -55,7 +57,7 @@ class InspectCommand(BaseOptimumCLICommand):
         """Print what was found and exit."""
         with user_errors():
             findings = inspect(self.args.model, every_matrix=self.args.all)
-        print(json.dumps(findings, indent=2) if self.args.json else _table(findings))
+            print(json.dumps(findings, indent=2) if self.args.json else _table(findings))
         sys.exit(0 if findings["metadata_is_true"] else 1)
 
 
@@ -163,9 +165,9 @@ def _after_loading(folder: Path, claimed: dict[str, Claim]) -> Iterator[tuple[st
 def _claims(config: dict[str, Any]) -> tuple[dict[str, Claim], list[str]]:
     """The claims of a config.json, and what is wrong with it as it stands."""
     if "sparsity_config" not in config:
-        return {}, ["config.json has no sparsity_config: there is nothing to compare the weights with."]
+        return {}, [NOTHING]
     try:
-        return read_claims(config["sparsity_config"]), []
+        return check_record(config["sparsity_config"]), []
     except ValueError as error:
         return {}, [str(error)]
 
@@ -195,7 +197,7 @@ def _table(findings: dict[str, Any]) -> str:
         zeros = _percent(findings["pruned_zeros"], findings["pruned_weights"])
         lines += ["", f"The metadata tells the truth: {zeros} zeros in {named} pruned with {findings['method']}."]
     else:
-        verdict = "The metadata is not true:" if findings["method"] else "There is nothing to check:"
+        verdict = "There is nothing to check:" if findings["problems"] == [NOTHING] else "The metadata is not true:"
         lines += ["", verdict, *(f"- {problem}" for problem in findings["problems"])]
     return "\n".join(lines)
 

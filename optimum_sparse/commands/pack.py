@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import check_output, user_errors
+from . import check_output, folder, user_errors
 
 if TYPE_CHECKING:
     from ..checkpoint import Sizes
@@ -99,7 +99,7 @@ def _declare(parser: ArgumentParser, description: str) -> None:
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.description = description
     parser.add_argument("model", metavar="DIR", help="folder of the checkpoint")
-    parser.add_argument("output", metavar="OUT", help="folder to save in; not DIR")
+    parser.add_argument("output", metavar="OUT", type=folder, help="folder to save in; not DIR")
 
 
 def _megabytes(size: int) -> str:

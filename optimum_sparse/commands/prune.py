@@ -21,7 +21,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import PRESETS, SparseConfig, preset_options
 from ..loading import class_to_load, load_model, local_path, model_without_weights, read_json
-from . import DTYPES, add_trust_option, check_file, check_output, device_called, user_errors
+from . import DTYPES, add_trust_option, check_file, check_output, device_called, folder, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class PruneCommand(BaseOptimumCLICommand):
         parser.usage = "%(prog)s MODEL OUT [options]"
         parser.description = DESCRIPTION
         parser.add_argument("model", metavar="MODEL", help="Hub id, folder, or .gguf file of the dense model")
-        parser.add_argument("output", metavar="OUT", help="folder to save the pruned model in")
+        parser.add_argument("output", metavar="OUT", type=folder, help="folder to save the pruned model in")
 
         add_config_options(parser)
         run = parser.add_argument_group("running")
@@ -169,9 +169,9 @@ def prune(args: Namespace) -> None:
         # Saving takes a few times the size of a file.
         pruner.save(model, output, tokenizer, max_shard_size="5GB" if limit is None else min(5 * 10**9, limit // 8))
         if processes.is_main:
+            _write_reports(pruner.report, output if args.html else None, args.report)
             name = class_to_load(type(model).__name__)
             print(f"Saved to {output}. Load it with {name}.from_pretrained({str(output)!r}).")
-            _write_reports(pruner.report, output if args.html else None, args.report)
         # While the files that offloaded weights are read from are still there.
         url = pruner.push_to_hub(model, args.push_to_hub, tokenizer=tokenizer) if args.push_to_hub else ""
     finally:
@@ -250,8 +250,8 @@ def command_line(args: Namespace, config: SparseConfig, dataset: str) -> str:
         config: What `build_config` made of them.
         dataset: A name of the calibration data that can be published.
     """
-    model, output = (Path(path).name if os.path.exists(path) else path for path in (args.model, args.output))
-    words = ["optimum-cli", "sparse", "prune", model, Path(output).name]
+    model, output = (Path(path).resolve().name if os.path.exists(path) else path for path in (args.model, args.output))
+    words = ["optimum-cli", "sparse", "prune", model, Path(output).resolve().name]
     default = SparseConfig()
     for field in fields(SparseConfig):
         value = dataset if field.name == "dataset" else getattr(config, field.name)

@@ -12,7 +12,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import DTYPES, add_trust_option, check_output, device_called, user_errors
+from . import DTYPES, add_trust_option, check_output, device_called, folder, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -39,7 +39,7 @@ class RecoverCommand(BaseOptimumCLICommand):
         parser.usage = "%(prog)s DIR OUT --dataset DATA [options]"
         parser.description = DESCRIPTION
         parser.add_argument("model", metavar="DIR", help="folder or Hub id of the pruned model")
-        parser.add_argument("output", metavar="OUT", help="folder to save the recovered model in")
+        parser.add_argument("output", metavar="OUT", type=folder, help="folder to save the recovered model in")
         parser.add_argument(
             "--dataset",
             required=True,

@@ -7,6 +7,7 @@ alone does not know it and refuses to load the adapter; with this package import
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .lora import HARMLESS_INITIALISATIONS, mask_layer
-from .masks import Mask, bare, check_masks, find_masks
+from .masks import Mask, bare, check_masks, find_masks, parameter
 
 PEFT_TYPE = "SPARSE_LORA"
 
@@ -98,6 +99,7 @@ def keep_sparsity(peft_model: Model, masks: Mapping[str, Mask] | None = None) ->
     masks = find_masks(base) if masks is None else masks
     check_masks(base, masks)
     _check_no_copies(base, masks)
+    _check_not_shared(base, masks)
     adapted = {key: layer for key, layer in layers.items() if key in masks}
     if not adapted:
         raise ValueError(
@@ -139,6 +141,16 @@ def _check_digest(config: SparseLoraConfig, key: str, mask: Mask) -> None:
             f"This adapter was trained on a model with other zeros in {key!r}: load the pruned model that it belongs "
             f"to ({config.base_model_name_or_path or 'its name was not recorded'}), unmerged and in the same dtype."
         )
+
+
+def _check_not_shared(base: nn.Module, masks: Mapping[str, Mask]) -> None:
+    uses = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
+    for key in masks:
+        if uses[id(parameter(base, key))] > 1:
+            raise ValueError(
+                f"several modules use {key}, and each would have an adapter of its own: train the weights themselves, "
+                "with SparsityCallback."
+            )
 
 
 def _check_no_copies(base: nn.Module, masks: Mapping[str, Mask]) -> None:

@@ -64,6 +64,8 @@ class RecoveryConfig:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}.")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and less than 2^32, got {self.seed}.")
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be between 0 and 1, got {self.kl_weight}.")
         if not self.temperature > 0:

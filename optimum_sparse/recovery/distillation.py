@@ -110,6 +110,11 @@ class DistillationTrainer(Trainer):
             outputs = self._run_teacher(inputs)
             return outputs.logits[:, :-1][counted], outputs.hidden_states
         real = _real(inputs)
+        if not real[:, 0].all():
+            raise ValueError(
+                "What a teacher says is cached by text, whose first token must be at the first position: pad batches "
+                "on the right, or leave out cache."
+            )
         keys = self.cache.keys(inputs, self._fingerprint, self.temperature)
         rows = [row for key in keys if (row := self.cache.load(key)) is not None]
         if len(rows) < len(keys):

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import metadata
@@ -93,8 +94,13 @@ def recover(
     output = Path(output)
     check_target(model, output)
     masks = find_masks(model)
+    metadata.check_record(model.config.sparsity_config)
     if teacher is not None:
         check_teacher(model, teacher)
+        if getattr(teacher.config, "sparsity_config", None) is not None:
+            logger.warning("The teacher, %s, has been pruned itself.", teacher.name_or_path)
+    if "quantization" in model.config.sparsity_config:
+        logger.warning("Training moves weights off the grid that they were rounded to: the result is not quantised.")
     examples = tokenize_rows(read_rows(dataset, config.num_samples), tokenizer, seqlen)
     training, held_out = _split(examples, config)
     checkpoints = output / CHECKPOINTS
@@ -118,7 +124,13 @@ def recover(
         data_collator=collate,
         callbacks=[SparsityCallback(model, masks)] if config.method == "full" else [],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+    last = get_last_checkpoint(str(checkpoints))
+    state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
+    if last and state is not None and state.global_step >= config.max_steps:
+        trainer.state = state
+        trainer._load_from_checkpoint(last)  # `train` would make one more step
+    else:
+        trainer.train(resume_from_checkpoint=last)
 
     recovered: Any = trainer.model.merge_and_unload() if config.method == "lora" else trainer.model
     recovered.eval()
@@ -216,11 +228,7 @@ def _prepared(model: PreTrainedModel, config: RecoveryConfig, masks: Mapping[str
         target_modules=[key.removesuffix(".weight") for key in masks if parameter(model, key).ndim == 2],
         target_parameters=[key for key in masks if parameter(model, key).ndim == 3] or None,
     )
-    uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
-    shared = [key for key in masks if uses[id(parameter(model, key))] > 1]
     try:
-        if shared:
-            raise ValueError(f"several modules use {shared[0]}")
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             return keep_sparsity(get_peft_model(model, lora), masks)

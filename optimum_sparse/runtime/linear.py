@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from .tiles import Tiles
 from .weight import PackedWeight
 
 logger = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound=nn.Linear)
 
 # Buffers of a layer are the parts of its weight.
 _PARTS = {
@@ -183,10 +185,11 @@ class DenseLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> DenseLinear:
         """A layer with the same parameters as `linear`, not copies of them."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
+        return _of_class(cls, linear)
+
+    def to_linear(self) -> nn.Linear:
+        """An ordinary layer with the same parameters."""
+        return _of_class(nn.Linear, self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As that of `nn.Linear`."""
@@ -194,3 +197,10 @@ class DenseLinear(nn.Linear):
         if learns or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return ops.dense_linear(x, self.weight, self.bias)
+
+
+def _of_class(kind: type[Layer], linear: nn.Linear) -> Layer:
+    with torch.device("meta"):
+        layer = kind(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    return layer.train(linear.training)

@@ -80,6 +80,7 @@ def sparsify_for_inference(
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
+    _undo(model)
     found, missing = find_grids(model, grids)
     candidates, untouched = _candidates(model, found, missing)
     if grids is not None and not any(candidate.name in found for candidate in candidates):
@@ -102,6 +103,14 @@ def sparsify_for_inference(
     on_gpu = any(candidate.gpu for candidate in candidates)
     kernel, missing = ("triton", gpu.MISSING) if on_gpu else (kernels.LEVEL, kernels.MISSING)
     return RuntimeReport(batch_size, kernel, missing, kernels.threads(), layers, untouched)
+
+
+def _undo(model: nn.Module) -> None:
+    """Make ordinary layers of those that were made faster before, and are as large as they were."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DenseLinear) and not (module._forward_hooks or module._forward_pre_hooks):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.to_linear())
 
 
 def copy_what_stays(model: nn.Module) -> None:
@@ -175,7 +184,7 @@ def _candidates(
     found: list[_Candidate] = []
     untouched: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | DenseLinear | SparseLinear | SemiStructuredLinear):
+        if isinstance(module, nn.Embedding | SparseLinear | SemiStructuredLinear):
             continue
         matrices = {key: p for key, p in module._parameters.items() if p is not None and p.ndim >= 2}
         reason = _reason_to_stay(module)

@@ -254,3 +254,14 @@ def test_other_things_stay_together(batch):
 )
 def test_num_rows(shapes: dict[str, tuple[int, ...]], rows: int):
     assert num_rows({name: torch.zeros(shape) for name, shape in shapes.items()}) == rows
+
+
+def test_batches_of_nothing_but_padding(llama):
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.int64), "attention_mask": torch.zeros(2, 4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="'attention_mask' in batch 0 of the calibration data is 0 for all tokens"):
+        load_calibration(SparseConfig(num_samples=2), llama, None, iter([batch]))
+
+
+def test_token_ids_that_are_none(llama):
+    with pytest.raises(ValueError, match="'input_ids' in item 0 of the calibration data must be a list or tensor"):
+        load_calibration(SparseConfig(num_samples=2), llama, None, [{"input_ids": None}])

@@ -122,3 +122,27 @@ def test_self_generation_that_cannot_be(llama, tmp_path):
     start.write_text(words(range(120, 140)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"Token id 1\d\d is outside of the model's vocabulary"):
         load(f"self:{start}", model=llama, num_samples=2)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"min_p": 0.9},
+        {"suppress_tokens": [5, 6, 7]},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"max_time": 0.0001},
+        {"return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"forced_eos_token_id": EOS},
+    ],
+    ids=str,
+)
+def test_what_the_authors_chose_for_chatting_does_not_matter(choice):
+    found = []
+    for choices in ({}, choice):
+        model = tiny_model()
+        model.generation_config.update(**choices)
+        before = model.generation_config
+        found.append(rows(load("self", model=model, seqlen=24, num_samples=3)))
+        assert model.generation_config is before
+    assert found[0] == found[1]

@@ -138,3 +138,9 @@ def test_files_are_checked_before_and_folders_made(pruned: Path, tmp_path: Path,
     assert "must name a file" in capsys.readouterr().err
     assert sparse("bench", pruned, "--batch-sizes", 1, "--json", tmp_path / "new" / "bench.json", *FEW) == 0
     assert (tmp_path / "new" / "bench.json").is_file()
+
+
+def test_folders_of_files_are_made(pruned: Path, tmp_path: Path):
+    plot, file = tmp_path / "plots" / "a.svg", tmp_path / "figures" / "a.json"
+    assert sparse("bench", pruned, "--batch-sizes", 1, "--plot", plot, "--json", file, *FEW) == 0
+    assert plot.is_file() and file.is_file()

@@ -286,3 +286,16 @@ def test_bad_folders(message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_bad_sources(source: str, message: str, capsys: pytest.CaptureFixture):
     assert sparse("inspect", source) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_not_called_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    save_pruned(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["sparsity_config"]["achieved_sparsity"] = 0.9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sparse("inspect", tmp_path) == 1
+    assert "The metadata is not true:" in capsys.readouterr().out
+    del config["sparsity_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sparse("inspect", tmp_path) == 1
+    assert "There is nothing to check:" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_sparse.commands.prune import CLAIMED, PruneCommand, build_config, command_line
 from optimum_sparse.config import SparseConfig, preset_options
 from optimum_sparse.estimate import held_memory
-from optimum_sparse.loading import load_model
+from optimum_sparse.loading import PACKED, load_model
 from optimum_sparse.pruner import SparsePruner
 from optimum_sparse.report import SparsityReport
 
@@ -263,6 +263,8 @@ def test_model_without_tokenizer(text: Path, tmp_path: Path, capsys: pytest.Capt
         (["DENSE", "OUT", "--push-to-hub", "a/b/c"], "Repo id must be"),
         (["DENSE", "OUT", "--push-to-hub", "me/x"], "--push-to-hub needs a Hub access token"),
         (["DENSE", "OUT", "--dataset", "none.txt"], "none.txt"),
+        (["DENSE", "OUT", "--seed", "9" * 30], "seed must be less than 2^63"),
+        (["DENSE", "OUT", "--max-memory", "infGiB"], "max_memory must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -394,3 +396,45 @@ def test_a_damaged_checkpoint_is_named(dense: Path, tmp_path: Path, capsys: pyte
 def test_a_report_is_a_file(report: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert sparse("prune", dense, tmp_path / "out", "--method", "magnitude", "--report", report) == 2
     assert "must name a file" in error_of(capsys)
+
+
+def test_the_folder_one_is_in(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert sparse("prune", dense, ".", "--method", "magnitude", "--resume") == 0
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    command = json.loads((tmp_path / "here" / "sparsity_report.json").read_text())["command"]
+    assert f"prune {dense.name} here " in command
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "pack", "unpack"])
+def test_a_name_that_is_empty(command: str, dense: Path, capsys: pytest.CaptureFixture):
+    """As of a variable of the shell that was not set."""
+    assert sparse(command, dense, "") == 2
+    assert "an empty name is no folder" in capsys.readouterr().err
+
+
+def test_an_interruption_that_became_an_error_is_one(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def interrupted(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("could not import") from interrupt
+
+    monkeypatch.setattr(SparsePruner, "prune", interrupted)
+    assert sparse("prune", dense, tmp_path / "out") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize("quantization", ["gptq", PACKED], ids=str)
+def test_a_quantization_config_that_is_a_name(
+    quantization: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    status = sparse("prune", dense, tmp_path, "--method", "magnitude")
+    assert status == (0 if quantization == PACKED else 2)
+    if status:
+        assert "holds a dense model, which would be lost" in error_of(capsys)

@@ -116,6 +116,44 @@ def test_an_interrupted_run_goes_on(method, folders, monkeypatch, caplog):
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_was_interrupted_after_training_trains_no_more(method, folders, monkeypatch):
+    options = ("--dataset", folders / "text.txt", "--method", method, *FAST)
+    assert run(folders / "pruned", folders / "whole", *options) == 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_module, "_check_zeros", interrupted)
+        assert run(folders / "pruned", folders / "out", *options) == 130
+    assert (folders / "out" / "recovery-checkpoints" / "checkpoint-4").is_dir()
+    assert run(folders / "pruned", folders / "out", *options) == 0
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("whole", "out"))
+    assert all(torch.equal(weight, resumed.state_dict()[name]) for name, weight in whole.state_dict().items())
+    tokens = [model.config.sparsity_config["recovery"]["num_tokens"] for model in (whole, resumed)]
+    assert tokens[0] == tokens[1] == 4 * 2 * 32
+
+
+def test_what_a_training_cannot_keep_is_said_before_it(folders, caplog):
+    model = pruned_model()
+    model.config.sparsity_config["quantization"] = "int4"
+    model.save_pretrained(folders / "pruned")
+    options = ("--dataset", folders / "text.txt", "--distill", folders / "pruned", *FAST)
+    assert run(folders / "pruned", folders / "out", *options) == 0
+    assert any("has been pruned itself" in message for message in caplog.messages)
+    assert any("the result is not quantised" in message for message in caplog.messages)
+
+
+def test_a_damaged_record_is_said_before_the_training(folders, capsys):
+    config = json.loads((folders / "pruned" / "config.json").read_text())
+    del config["sparsity_config"]["method"]
+    (folders / "pruned" / "config.json").write_text(json.dumps(config))
+    assert run(folders / "pruned", folders / "out", "--dataset", folders / "text.txt", *FAST) == 2
+    assert "sparsity_config is damaged: it has no method" in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
 def test_checkpoints_of_another_run_are_not_used(folders, monkeypatch, capsys):
     class Interrupt(TrainerCallback):
         def on_save(self, *args, **kwargs):

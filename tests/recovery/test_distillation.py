@@ -215,3 +215,13 @@ class TestRefused:
     def test_no_tokens_kept(self, tmp_path):
         with pytest.raises(ValueError, match="k must be at least 1, got 0"):
             TopKCache(tmp_path, k=0)
+
+
+def test_a_cache_needs_padding_on_the_right(tmp_path):
+    """Elsewhere, a text is another one for some models, and what predicts its first token is padding."""
+    inputs = batch()
+    inputs = {name: value.flip(1) for name, value in inputs.items()}
+    model = pruned_model().train()
+    trainer = trainer_of(model, tmp_path, cache=TopKCache(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="pad batches on the right"):
+        trainer.compute_loss(model, inputs)

@@ -463,3 +463,16 @@ class TestRefused:
         peft_model = masked(pruned_model()).eval()
         with pytest.raises(ValueError, match=r"cannot run several adapters in one batch"):
             peft_model(**TOKENS[0], adapter_names=["default", "__base__"])
+
+
+def test_weights_that_several_modules_use_are_refused():
+    model = pruned_model()
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.raises(ValueError, match=r"several modules use model\.layers\.0\.mlp\.up_proj\.weight"):
+        keep_sparsity(get_peft_model(model, lora_config()))
+
+
+def test_replicated_layers_are_refused():
+    with pytest.raises(ValueError, match="several modules use"):
+        keep_sparsity(get_peft_model(pruned_model(), lora_config(layer_replication=[(0, 2), (0, 2)])))

@@ -522,3 +522,14 @@ def test_with_prefer_memory_nothing_becomes_larger(quantized: bool):
         (choice,) = sparsify_for_inference(model, prefer="memory", grids=grids).layers
         assert choice.bytes <= choice.dense_bytes
         assert choice.choice in ("sparse", "int8") or rows < 64
+
+
+def test_layers_that_were_made_faster_may_become_smaller(monkeypatch: pytest.MonkeyPatch):
+    give_times(monkeypatch, torch=100, dense=60, sparse=80)
+    model = three_layers()
+    sparsify_for_inference(model)
+    assert forms(model)["pruned"] == "DenseLinear"
+    before = model.get_submodule("pruned").weight
+    sparsify_for_inference(model, prefer="memory")
+    assert forms(model)["pruned"] == "SparseLinear" and forms(model)["full"] == "DenseLinear"
+    assert torch.equal(model.get_submodule("pruned").weight + 0, before)
