@@ -88,6 +88,7 @@ def load_model(
         # The cache names the folder of a snapshot after its commit.
         revision = None if path else config_file.parent.name
         try:
+            _check_dtype(name, read_json(config_file))
             where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
             model, info = model_class(AutoConfig.from_pretrained(name, **where)).from_pretrained(
                 name,
@@ -293,6 +294,15 @@ def check_not_quantized(source: str, config_file: Path) -> None:
             f"{source} carries a quantization_config ({method}): quantised weights cannot be pruned. Give the dense "
             "checkpoint that it was made from, and quantise after pruning."
         )
+
+
+def _check_dtype(source: str, config: Mapping[str, Any]) -> None:
+    import torch
+
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    known = isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+    if dtype is not None and not isinstance(dtype, dict) and not known:  # a dict has one for each part of the model
+        raise ValueError(f"The config.json of {source} names {dtype!r} as the dtype of its weights, which is none.")
 
 
 def _no_config(name: str, folder: Path | None) -> str:

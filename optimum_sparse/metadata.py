@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,6 +78,7 @@ class Claim:
     pattern: str | None
     shape: tuple[int, int]
     transposed: bool
+    quantized: bool = False
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
@@ -226,7 +227,7 @@ def recount(
     matrices, off_grid = {}, None
     for folded, entry in metadata["matrices"].items():
         matrices[folded] = _recounted(model, expand_name(folded), entry)
-        for name in expand_name(folded) if "quantization" in metadata else ():
+        for name in expand_name(folded) if _quantization(metadata, entry) else ():
             off_grid = off_grid or against_grid(name, _matrix_of(model, name, entry), grids or {})
     current = {**metadata, "achieved_sparsity": _achieved(matrices), "matrices": matrices}
     if matrices != metadata["matrices"]:
@@ -237,8 +238,28 @@ def recount(
         )
     if off_grid is not None:
         logger.warning("The model is saved without its grids and no longer called quantised: %s.", off_grid)
-        current = {name: value for name, value in current.items() if name not in QUANTIZATION_FIELDS}
+        current = _without_quantization(current)
     return current
+
+
+def _without_quantization(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or a part of it, in which nothing is called quantised."""
+    return {
+        name: _without_quantization(value) if isinstance(value, Mapping) else value
+        for name, value in record.items()
+        if name not in QUANTIZATION_FIELDS
+    }
+
+
+def _quantization(record: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
+    """How the matrices of an entry are quantised, `None` if they are not: as all, unless it says otherwise."""
+    return entry.get("quantization", record.get("quantization"))
+
+
+def quantized_names(record: Mapping[str, Any]) -> list[str]:
+    """Names of the matrices that a `sparsity_config` says are quantised."""
+    entries = record["matrices"].items()
+    return [name for folded, entry in entries if _quantization(record, entry) for name in expand_name(folded)]
 
 
 def earlier_record(model: nn.Module) -> dict[str, Any] | None:
@@ -269,11 +290,20 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
         earlier: The one that it had before.
     """
     now = {name for folded in record["matrices"] for name in expand_name(folded)}
+    then, since = ({f: one[f] for f in QUANTIZATION_FIELDS if f in one} for one in (earlier, record))
+    if then and since and then != since:
+        logger.warning("What had been quantised before, otherwise than now, is no longer called quantised: %s.", then)
+        earlier = _without_quantization(earlier)
+    elif then and not since:
+        mine = {folded: {**entry, "quantization": None} for folded, entry in record["matrices"].items()}
+        record = {**record, **then, "matrices": mine}
     matrices = dict(record["matrices"])
     try:
         for folded, entry in earlier["matrices"].items():
             for others in fold_names([name for name in expand_name(folded) if name not in now]):
                 again = _recounted(model, expand_name(others), entry)
+                if (how := _quantization(earlier, entry)) != record.get("quantization"):
+                    again["quantization"] = how
                 if again["zeros"] or not entry["zeros"]:  # else they have been replaced
                     matrices[others] = again
     except ValueError as error:
@@ -281,7 +311,8 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
         matrices = dict(record["matrices"])
     # Where it comes from is what it was before that.
     base = {name: earlier.get(name) for name in ("base_model", "base_revision")}
-    return {**record, **base, "matrices": matrices, "achieved_sparsity": _achieved(matrices)}
+    joined = {**record, **base, "matrices": matrices, "achieved_sparsity": _achieved(matrices)}
+    return joined if quantized_names(joined) else _without_quantization(joined)
 
 
 def _recounted(model: PreTrainedModel, names: Iterable[str], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,7 +411,7 @@ def read_claims(metadata: Any) -> dict[str, Claim]:
     claims, achieved = {}, metadata["achieved_sparsity"]
     for folded, entry in entries.items():
         try:
-            claims[folded] = _claim(folded, entry)
+            claims[folded] = replace(_claim(folded, entry), quantized=_quantization(metadata, entry) is not None)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{form}: of {folded!r} it says {str(entry)[:200]} ({error}).") from error
     if not claims:

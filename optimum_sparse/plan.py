@@ -185,7 +185,8 @@ def make_plan(work: Workload, config: SparseConfig, budget: int, activation_devi
         advice.append("weights that are offloaded (device_map={'': 'disk'}; on the command line, --max-memory)")
     parts = ", ".join(f"{what} {gib(size)}" for what, size in least.memory.items() if size)
     raise ValueError(
-        f"This run takes at least {gib(least.peak)} of memory, and it may take {gib(budget)}: {parts}. Allow it "
+        f"This run takes at least {gib(least.peak)} of memory, and it may take {gib(budget)} "
+        f"({math.ceil((least.peak - budget) / 2**20)} MiB less): {parts}. Allow it "
         f"{gib(least.peak + 2**26)}, or try {', '.join(advice)}."
     )
 

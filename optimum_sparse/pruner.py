@@ -221,7 +221,9 @@ class SparsePruner:
             return
         check_target(model, directory)
         record = self._metadata(model)
-        grids = self.grids or find_grids(model, None)[0]
+        grids = self.grids
+        if not grids.keys() >= set(metadata.quantized_names(record)):  # some were quantised before
+            grids = {**find_grids(model, None)[0], **grids}
         model.config.sparsity_config = metadata.recount(model, record, grids)
         with replace_folder(directory) as folder, savable(model):
             if compressed:
@@ -232,8 +234,8 @@ class SparsePruner:
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            if "quantization" in model.config.sparsity_config:
-                write_grids(folder / GRIDS_FILE, grids)
+            if names := metadata.quantized_names(model.config.sparsity_config):
+                write_grids(folder / GRIDS_FILE, {name: grids[name] for name in names})
             if self.report is not None:
                 packed = [layer.weight for layer in model.modules() if isinstance(layer, SparseLinear)]
                 self.report.sizes = {

@@ -212,3 +212,11 @@ def test_gguf(smollm2, smollm2_gguf: Path, tmp_path: Path):
     for text in ("  12 a34", "x = 3.14\n\n\tif é: # 日本", "<|im_start|>user"):
         assert reloaded(text).input_ids == tokenizer(text).input_ids
         assert reloaded.decode(reloaded(text).input_ids) == text
+
+
+@pytest.mark.parametrize("dtype", ["int17", 5, ""], ids=str)
+def test_a_dtype_that_is_none(dtype: object, tmp_path: Path):
+    save_tiny(tmp_path, tokenizer=False)
+    change_config(tmp_path, dtype=dtype)
+    with pytest.raises(ValueError, match=f"names {dtype!r} as the dtype of its weights, which is none"):
+        load_model(tmp_path)

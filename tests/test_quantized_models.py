@@ -192,3 +192,37 @@ def test_what_is_no_quantisation(options: dict, message: str):
 def test_a_group_has_128_inputs_if_nothing_is_said():
     assert SparseConfig(quantization="int8").group_size == 128
     assert SparseConfig.from_dict(SparseConfig(quantization="int8").to_dict()) == SparseConfig(quantization="int8")
+
+
+@pytest.mark.parametrize("first", [None, "int8", "int4"], ids=str)
+@pytest.mark.parametrize("second", [None, "int8"], ids=str)
+def test_matrices_that_are_pruned_in_turn(tmp_path: Path, first: str | None, second: str | None, caplog) -> None:
+    model = tiny_model("llama").bfloat16()
+    settings = {"method": "wanda", "num_samples": 8, "progress": False}
+    for targets, quantization in ((["*.self_attn.*"], first), (["*.mlp.*"], second)):
+        options = {"quantization": quantization, "group_size": 16} if quantization else {}
+        pruner = SparsePruner(targets=targets, **settings, **options)
+        pruner.prune(model, dataset=tiny_batches(4))
+        pruner.save(model, tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)  # where the grids are that the next one does not know
+    assert inspect(str(tmp_path))["metadata_is_true"]
+    one_file_one_kind = first is not None and second is not None and first != second
+    assert ("is no longer called quantised" in caplog.text) == one_file_one_kind
+    first = None if one_file_one_kind else first
+    kept = {name for name, how in (("self_attn", first), ("mlp", second)) if how}
+    found = read_grids(tmp_path / GRIDS_FILE) if kept else {}
+    assert {name.split(".")[-2] for name in found} == kept
+    bits = {name.split(".")[-2]: grid.bits for name, grid in found.items()}
+    assert bits == {name: int(how[3:]) for name, how in (("self_attn", first), ("mlp", second)) if how}
+    assert ("quantization" in model.config.sparsity_config) == bool(kept)
+
+
+def test_pruned_again_without_quantisation(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantized(model).save(model, tmp_path)
+    pruner = SparsePruner(method="wanda", num_samples=8, progress=False)
+    pruner.prune(model, dataset=tiny_batches(4))
+    pruner.save(model, tmp_path)
+    assert not {"quantization", "group_size"} & model.config.sparsity_config.keys()
+    assert not (tmp_path / GRIDS_FILE).parent.exists()
+    assert inspect(str(tmp_path))["metadata_is_true"]

@@ -93,13 +93,13 @@ def inspect(source: str, every_matrix: bool = False) -> dict[str, Any]:
         transposed = claim.transposed if claim else conv1d
         weight = weight.T if transposed and weight.ndim == 2 else weight
         found[name] = count(weight, filter(None, patterns))
-        if claim and grids:
+        if claim and claim.quantized and grids:
             off_grid.append(against_grid(name, weight, grids))
     elsewhere = {name: claim for name, claim in claimed.items() if name not in found}
     if elsewhere:
         for name, weight in _after_loading(folder, elsewhere):
             found[name] = count(weight, filter(None, [elsewhere[name].pattern]))
-            if grids:
+            if elsewhere[name].quantized and grids:
                 off_grid.append(against_grid(name, weight, grids))
     problems = problems or [*differences(claims, found), *(f"{reason}." for reason in off_grid if reason)]
 

@@ -35,11 +35,12 @@ def test_text_is_joined_with_eos_and_cut(tokenizer):
 
 @pytest.mark.parametrize("row", [{"text": "abcde"}, {"prompt": "ab", "completion": "cde"}], ids=["text", "prompt"])
 def test_tokenizers_that_end_texts_themselves(tokenizer, row):
-    (expected,) = tokenize_rows([row], tokenizer, 6)
+    expected = tokenize_rows([row, row], tokenizer, 6)
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 2)])
     assert tokenizer("ab")["input_ids"][-1] == 2
-    assert tokenize_rows([row], tokenizer, 6) == [expected]
+    assert tokenize_rows([row, row], tokenizer, 6) == expected
+    assert len(expected) == 2
 
 
 def test_only_the_completion_is_learned(tokenizer):
