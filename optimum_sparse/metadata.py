@@ -271,11 +271,13 @@ def earlier_record(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "achieved_sparsity" not in record:
         return None  # none of ours
     try:
-        claim = next((claim for claim in check_record(record).values() if claim.zeros), None)
-        if claim is None:
-            return record
-        matrices = (matrix_of(model, name, claim.shape, claim.transposed)[1] for name in claim.names)
-        return record if any(count(matrix).zeros for matrix in matrices) else None
+        claims = [claim for claim in check_record(record).values() if claim.zeros]
+        # The smallest matrices tell: what is offloaded has to be read for it.
+        for claim in sorted(claims, key=lambda claim: claim.numel)[:1]:
+            matrices = (matrix_of(model, name, claim.shape, claim.transposed)[1] for name in claim.names)
+            if sum(count(matrix).zeros for matrix in matrices) < claim.zeros:
+                return None
+        return record
     except ValueError as error:
         logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
         return None
@@ -304,7 +306,8 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
                 again = _recounted(model, expand_name(others), entry)
                 if (how := _quantization(earlier, entry)) != record.get("quantization"):
                     again["quantization"] = how
-                if again["zeros"] or not entry["zeros"]:  # else they have been replaced
+                # Members of a group need not have equal shares of its zeros; with less than half, they were replaced.
+                if 2 * again["zeros"] * entry["numel"] >= entry["zeros"] * again["numel"]:
                     matrices[others] = again
     except ValueError as error:
         logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
