@@ -82,15 +82,18 @@ class Blocks:
         held_out = {batch for batch in number if self._forwards.num_batches > 1 and number[batch] % HELD_OUT == 0}
         judging = held_out if self._forwards.num_batches > 1 else set(number)  # a single batch, better than none
 
+        first = {matrix.view: group[0].view for group in groups for matrix in group}
+
         def forwards(on_use: OnUse) -> None:
             for call in calls:
                 notes = {name: partial(batches.setdefault, call.batch) for name, batches in entered.items()}
-                dense, target = self._dense_run(lockstep, module, twins.get(call.batch))
+                dense, target = self._dense_run(lockstep, module, twins.get(call.batch), first)
                 if target is not None and call.batch in judging:
                     dense_outputs[call.batch] = target.clone()  # what the batch owns may go away when it goes on
 
                 def pair(batch: int, use: Use, dense: Mapping[View, torch.Tensor] = dense) -> None:
-                    on_use(batch, use if batch in held_out else self._stages.paired(batch, use, dense.get(use.view)))
+                    twin = dense.get(first[use.view]) if use.view in first else None
+                    on_use(batch, use if batch in held_out else self._stages.paired(batch, use, twin))
 
                 with at_entries(self._forwards.model, notes):
                     output = self._forwards.run_parked(lockstep, module, call, pair)
@@ -159,15 +162,16 @@ class Blocks:
         return candidates[best]
 
     def _dense_run(
-        self, lockstep: Lockstep, module: nn.Module, call: Call | None
+        self, lockstep: Lockstep, module: nn.Module, call: Call | None, wanted: Mapping[View, View]
     ) -> tuple[dict[View, torch.Tensor], torch.Tensor | None]:
-        """The inputs of all matrices, and the output of a block, in a run through the dense model."""
+        """The inputs of matrices, by the first of those that share them, and the output of a block, if it is dense."""
         inputs: dict[View, torch.Tensor] = {}
         if call is None:
             return inputs, None
 
         def keep(batch: int, use: Use) -> None:
-            inputs[use.view] = use.inputs.clone()  # the block may write to them when they have been used
+            if use.view in wanted and wanted[use.view] not in inputs:
+                inputs[wanted[use.view]] = use.inputs.clone()  # the block may write to them when they have been used
 
         output = self._forwards.run_parked(lockstep, module, call, keep)
         return inputs, output if isinstance(output, torch.Tensor) else None

@@ -139,6 +139,7 @@ def model_without_weights(
         file = path if path is not None and path.is_file() else find_file(str(path or source), "config.json")
         if file is None:
             raise FileNotFoundError(_no_config(str(source), path))
+        _check_dtype(str(source), read_json(file))
         # Code that comes with a model is not found beside a file, but in a folder or on the Hub.
         where = str(source) if path is None else file.parent if file.name == "config.json" else file
         revision = file.parent.name if path is None else "main"
@@ -300,7 +301,7 @@ def _check_dtype(source: str, config: Mapping[str, Any]) -> None:
     import torch
 
     dtype = config.get("dtype", config.get("torch_dtype"))
-    known = isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+    known = isinstance(getattr(torch, str(dtype), None), torch.dtype)
     if dtype is not None and not isinstance(dtype, dict) and not known:  # a dict has one for each part of the model
         raise ValueError(f"The config.json of {source} names {dtype!r} as the dtype of its weights, which is none.")
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OF_ANOTHER = "What had been pruned before is left out of the record, which is of another model: %s"
+
 # A component of a module name that is an integer: an index into a list of blocks or experts.
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9]\d*)(?![^.])")
 _RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
@@ -272,15 +274,23 @@ def earlier_record(model: nn.Module) -> dict[str, Any] | None:
         return None  # none of ours
     try:
         claims = [claim for claim in check_record(record).values() if claim.zeros]
-        # The smallest matrices tell: what is offloaded has to be read for it.
-        for claim in sorted(claims, key=lambda claim: claim.numel)[:1]:
-            matrices = (matrix_of(model, name, claim.shape, claim.transposed)[1] for name in claim.names)
-            if sum(count(matrix).zeros for matrix in matrices) < claim.zeros:
-                return None
-        return record
     except ValueError as error:
-        logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
+        logger.warning("What had been pruned before is left out of the record: %s", error)
         return None
+    try:
+        return record if not claims or any(_still_pruned(model, claim) for claim in claims) else None
+    except ValueError as error:
+        logger.warning(OF_ANOTHER, error)
+        return None
+
+
+def _still_pruned(model: nn.Module, claim: Claim) -> bool:
+    zeros = 0
+    for name in claim.names:
+        zeros += count(matrix_of(model, name, claim.shape, claim.transposed)[1]).zeros
+        if 2 * zeros >= claim.zeros:  # a dense model may have some
+            return True
+    return False
 
 
 def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,7 +320,7 @@ def carried_over(model: PreTrainedModel, record: Mapping[str, Any], earlier: Map
                 if 2 * again["zeros"] * entry["numel"] >= entry["zeros"] * again["numel"]:
                     matrices[others] = again
     except ValueError as error:
-        logger.warning("What had been pruned before is left out of the record, which is of another model: %s", error)
+        logger.warning(OF_ANOTHER, error)
         matrices = dict(record["matrices"])
     # Where it comes from is what it was before that.
     base = {name: earlier.get(name) for name in ("base_model", "base_revision")}
@@ -425,6 +435,8 @@ def read_claims(metadata: Any) -> dict[str, Claim]:
 
 
 def _claim(folded: str, entry: Mapping[str, Any]) -> Claim:
+    if not all(isinstance(entry[name], int) for name in ("zeros", "numel")):
+        raise TypeError("zeros and numel must be whole numbers")
     names, numel, (rows, columns) = expand_name(folded), int(entry["numel"]), entry["shape"]
     if entry["pattern"] is not None:
         split_pattern(entry["pattern"])

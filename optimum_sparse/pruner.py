@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,12 @@ from .saving import GRIDS_FILE, check_target, replace_folder
 from .spill import ACTIVATION_DEVICES
 from .statistics import Statistics
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=nn.Module)
+
+# In the card of a model that was pruned with this package.
+CARD_TAG = "\n- optimum-sparse\n"
 
 
 class SparsePruner:
@@ -143,12 +149,13 @@ class SparsePruner:
         started = time.perf_counter()
         processes = Processes()
         shown = self.progress and processes.is_main
-        # Made in inference mode, weights can be changed in no other, and nothing else is better done in it.
+        # Weights that were made in inference mode can be changed only in it; all else is better done outside of it.
         inference = any(parameter.is_inference() for parameter in model.parameters())
-        if inference and self.config.reconstruct:
+        options = {"reconstruct": self.config.reconstruct, "allocation='loss'": self.config.allocation == "loss"}
+        if inference and any(options.values()):
             raise ValueError(
-                "reconstruct trains weights, and those of this model were made in torch.inference_mode(): load the "
-                "model outside of it."
+                f"{' and '.join(name for name, given in options.items() if given)}: there are no gradients for the "
+                "weights of this model, which were made in torch.inference_mode(). Load it outside of it."
             )
         modes = torch.inference_mode(inference), torch.no_grad()
         with modes[0], modes[1], _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
@@ -243,8 +250,9 @@ class SparsePruner:
                     "saved": weight_bytes(folder),
                 }
                 write_report(self.report, folder, page=Path(directory, PAGE_FILE).is_file())
-            if _is_card(Path(directory, "README.md")):  # of what was here before
-                self._write_card(model, folder, Path(directory).resolve().name, compressed)
+        card = Path(directory, "README.md")
+        if card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace"):
+            logger.warning("%s is left alone, and tells of the model that was there before: edit or delete it.", card)
 
     def push_to_hub(
         self,
@@ -270,13 +278,15 @@ class SparsePruner:
         Returns:
             URL of the commit; empty in the other processes.
         """
-        from .integrations.hub import push_folder
+        from .integrations.hub import model_card, push_folder, save_card
 
         if not Processes().is_main:
             return ""
         with tempfile.TemporaryDirectory() as folder:
             self.save(model, folder, tokenizer, compressed=compressed)
-            self._write_card(model, folder, repo_id, compressed)
+            name = class_to_load(type(model).__name__)
+            card = model_card(model.config.sparsity_config, self.report, repo_id, name, compressed)
+            save_card(card, folder, self.report)
             return push_folder(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,13 +302,6 @@ class SparsePruner:
         """
         return cls(SparseConfig.from_dict(options))
 
-    def _write_card(self, model: PreTrainedModel, folder: str | Path, repo_id: str, compressed: bool) -> None:
-        from .integrations.hub import model_card, save_card
-
-        name = class_to_load(type(model).__name__)
-        card = model_card(model.config.sparsity_config, self.report, repo_id, name, compressed)
-        save_card(card, folder, self.report)
-
     def _metadata(self, model: PreTrainedModel) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -312,11 +315,6 @@ class SparsePruner:
                 "with its own save_pretrained."
             )
         return record
-
-
-def _is_card(path: Path) -> bool:
-    """Whether a file is the card of a model that was pruned with this package."""
-    return path.is_file() and "\n- optimum-sparse\n" in path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

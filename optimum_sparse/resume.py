@@ -97,7 +97,7 @@ class Steps:
                 self.restore(step)
             processes.wait()
         self._num_saved = len(report.matrices)
-        self._behind = done - 1
+        self._reached = done
         self.left = frozenset(step for step, position in self._order.items() if position >= done)
 
     def _take_up(self, file: Path) -> int:
@@ -123,17 +123,26 @@ class Steps:
         for file, names in self._to_restore.pop(step, {}).items():
             self._residency.restore(file, names)
 
+    def come_to(self, step: Any) -> None:
+        """What stands before a step is done, or will not be: the last step of a block need not come itself.
+
+        Raises:
+            OSError: As `did`.
+        """
+        position = self._order[step]
+        if any(self._reached <= end < position for end in self._ends):
+            self._save(position)
+        self._reached = position
+
     def did(self, step: Any) -> None:
-        """A step is done, and none before it will be.
+        """A step is done.
 
         Raises:
             OSError: It could not be saved; the files before it are as they were.
         """
         position = self._order[step]
-        # The last step of a block may never come: experts with few tokens are done before.
-        if any(self._behind < end <= position for end in self._ends):
+        if position in self._ends:
             self._save(position + 1)
-        self._behind = position
 
     def finish(self) -> None:
         """All steps are done, or came to nothing."""

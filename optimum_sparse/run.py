@@ -387,6 +387,7 @@ class PruningRun:
             steps.late = lockstep.late
             for stop, calls in lockstep:
                 self._residency.settle()
+                steps.come_to(stop)
                 if stop not in steps.left:
                     lockstep.go_on(twin.batch for twin in self._forwards.apart(calls)[1].values())
                     steps.restore(stop)

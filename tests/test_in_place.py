@@ -91,5 +91,6 @@ def test_weights_that_were_made_in_inference_mode() -> None:
     expected, found = (model.state_dict() for model in models)
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
     assert (found["blocks.2.up.weight"] == 0).float().mean() == 0.5
-    with pytest.raises(ValueError, match=r"reconstruct trains weights.*made in torch\.inference_mode"):
-        SparsePruner(reconstruct=1, progress=False).prune(models[1], dataset=batches)
+    for options in ({"reconstruct": 1}, {"allocation": "loss"}):
+        with pytest.raises(ValueError, match=r"no gradients for the weights.*made in torch\.inference_mode"):
+            SparsePruner(progress=False, **options).prune(models[1], dataset=batches)

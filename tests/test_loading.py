@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from optimum_sparse.loading import load_model, load_tokenizer, model_class
+from optimum_sparse.loading import load_model, load_tokenizer, model_class, model_without_weights
 
 from . import beyond_text
 from .checkpoints import save_tiny, tiny_tokenizer, write_gguf
@@ -214,9 +214,10 @@ def test_gguf(smollm2, smollm2_gguf: Path, tmp_path: Path):
         assert reloaded.decode(reloaded(text).input_ids) == text
 
 
-@pytest.mark.parametrize("dtype", ["int17", 5, ""], ids=str)
+@pytest.mark.parametrize("dtype", ["int17", 5, "", "torch.bfloat16"], ids=str)
 def test_a_dtype_that_is_none(dtype: object, tmp_path: Path):
     save_tiny(tmp_path, tokenizer=False)
     change_config(tmp_path, dtype=dtype)
-    with pytest.raises(ValueError, match=f"names {dtype!r} as the dtype of its weights, which is none"):
-        load_model(tmp_path)
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=f"names {dtype!r} as the dtype of its weights, which is none"):
+            load(tmp_path)

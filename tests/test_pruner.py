@@ -4,8 +4,8 @@ import copy
 import json
 import math
 import re
-import time
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -517,11 +517,17 @@ def test_a_list_of_texts_is_given_to_prune_in_the_code_of_the_report():
 
 def test_seconds_of_matrices_that_are_solved_apart(monkeypatch):
     """Those of one do not count for the next, though they share their inputs."""
-    solve = Solver._solve_stack
-    monkeypatch.setattr(Solver, "_solve_stack", lambda *args: (time.sleep(0.1), solve(*args))[1])
+    solve, now = Solver._solve_stack, [0]
+
+    def taking_a_second(*args):
+        now[0] += 1
+        return solve(*args)
+
+    monkeypatch.setattr(Solver, "_solve_stack", taking_a_second)
+    monkeypatch.setattr("optimum_sparse.solver.time", SimpleNamespace(perf_counter=lambda: now[0]))
     overrides = [{"match": "q_proj", "sparsity": 0.2}, {"match": "k_proj", "sparsity": 0.3}]
     entries = pruned(tiny_model(), sparsity=0.5, overrides=overrides).report.matrices
-    assert all(0.1 < entry.seconds < 0.19 for entry in entries if entry.name.endswith(("q_proj", "k_proj", "v_proj")))
+    assert all(entry.seconds == 1 for entry in entries if entry.name.endswith(("q_proj", "k_proj", "v_proj")))
 
 
 def test_quantized_models_are_refused():
@@ -769,17 +775,39 @@ def test_adapters_in_a_part_of_the_model_are_refused():
         pruned(model)
 
 
-def test_a_card_tells_of_the_model_beside_it(tmp_path):
+def test_a_card_of_another_model_is_left_alone_and_named(tmp_path, caplog):
     from optimum_sparse.integrations.hub import model_card, save_card
 
     model = tiny_model()
     pruned(model, method="magnitude").save(model, tmp_path)
     assert not (tmp_path / "README.md").exists()
     save_card(model_card(model.config.sparsity_config), tmp_path)
+    card = (tmp_path / "README.md").read_text()
     model = tiny_model()
     pruned(model, method="wanda").save(model, tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "`wanda`" in card and "`magnitude`" not in card
+    assert "README.md is left alone, and tells of the model that was there before" in caplog.text
+    assert (tmp_path / "README.md").read_text() == card
+    caplog.clear()
     (tmp_path / "README.md").write_text("mine")
     pruned(model, method="magnitude").save(model, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "left alone" not in caplog.text
+
+
+def test_what_is_still_pruned_stays_in_the_record():
+    model = tiny_model()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned(model, method="magnitude")
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:
+            parameter.data.copy_(dense[name])
+    pruned(model, method="magnitude", targets=["*.down_proj"])
+    kinds = {name.split(".")[-1] for name in model.config.sparsity_config["matrices"]}
+    assert kinds == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_records_with_text_for_numbers_are_left_out(caplog):
+    model = tiny_model()
+    pruned(model, method="magnitude")
+    next(iter(model.config.sparsity_config["matrices"].values()))["zeros"] = "512"
+    pruned(model, method="magnitude", block_range=(0, 1))
+    assert "zeros and numel must be whole numbers" in caplog.text

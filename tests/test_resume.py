@@ -225,3 +225,31 @@ def test_what_is_left_of_removed_progress_is_progress(tmp_path: Path, monkeypatc
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     pruned(model, tmp_path)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("targets", ["*experts*", "*"])
+def test_experts_that_are_solved_before_their_turn_are_solved_once(
+    tmp_path: Path, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after each file, of which the last step of a block has written some, and what came after it others."""
+    from optimum_sparse.resume import Steps
+
+    options = {"targets": [targets], "min_expert_tokens": 40, "quantization": "int8", "group_size": -1}
+    whole = tiny_mixtral(num_hidden_layers=3)
+    expected = [entry.name for entry in pruned(whole, None, **options).report.matrices]
+    save = Steps._save
+    for files in range(1, 4):
+        folder = tmp_path / str(files)
+
+        def stopping(steps: Steps, done: int, files: int = files, folder: Path = folder) -> None:
+            save(steps, done)
+            if len(list(folder.glob("0*.safetensors"))) == files:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Steps, "_save", stopping)
+            pruned(tiny_mixtral(num_hidden_layers=3), folder, **options)
+        model = tiny_mixtral(num_hidden_layers=3)
+        report = pruned(model, folder, **options).report
+        assert sorted(entry.name for entry in report.matrices) == sorted(expected)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))

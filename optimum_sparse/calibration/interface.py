@@ -20,9 +20,9 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     """The argument with which the model's forward keeps nothing of its tokens for those to come, if it may do so."""
     parameters = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     takes_others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    may = "use_cache" in parameters or (takes_others and hasattr(config, "use_cache"))
+    of_transformers = hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "use_cache")
+    may = "use_cache" in parameters or (takes_others and of_transformers)
     return {"use_cache": False} if may else {}
 
 

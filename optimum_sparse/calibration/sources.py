@@ -201,8 +201,8 @@ def _hub_rows(path: str, config: str | None, split: str, seed: int) -> Iterator[
         ) from error
     except ValueError as error:  # of `datasets` or PyArrow, and long
         raise ValueError(
-            f"{path!r} has no rows that can be read ({str(error).splitlines()[0][:200]}): give a dataset, or a .txt, "
-            ".jsonl or .parquet file."
+            f"{path!r} has no rows that can be read ({' '.join(str(error).split())[:300] or type(error).__name__}): "
+            "give a dataset, or a .txt, .jsonl or .parquet file."
         ) from error
 
 

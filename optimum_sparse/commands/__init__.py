@@ -61,7 +61,7 @@ def _interrupted() -> NoReturn:
     sys.exit(130)  # as a shell reports a program that Ctrl-C ended
 
 
-def folder(name: str) -> Path:
+def folder_called(name: str) -> Path:
     """The path of a folder on a command line, where an empty name is a variable that was not set."""
     if not name:
         raise argparse.ArgumentTypeError("an empty name is no folder ('.' is the one you are in)")

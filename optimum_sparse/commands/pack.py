@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import check_output, folder, user_errors
+from . import check_output, folder_called, user_errors
 
 if TYPE_CHECKING:
     from ..checkpoint import Sizes
@@ -45,7 +45,7 @@ class PackCommand(BaseOptimumCLICommand):
         with user_errors():
             from ..checkpoint import pack_folder
 
-            sizes = _convert(pack_folder, Path(self.args.model), Path(self.args.output))
+            sizes = _convert(pack_folder, Path(self.args.model), self.args.output)
             share = f"{100 * sizes.packed_bytes / sizes.dense_bytes:.1f} %"
             print(
                 f"Packed {sizes.packed_tensors} tensors to {_megabytes(sizes.packed_bytes)}, {share} of dense; all "
@@ -70,7 +70,7 @@ class UnpackCommand(BaseOptimumCLICommand):
         with user_errors():
             from ..checkpoint import unpack_folder
 
-            sizes = _convert(unpack_folder, Path(self.args.model), Path(self.args.output))
+            sizes = _convert(unpack_folder, Path(self.args.model), self.args.output)
             print(
                 f"Unpacked {sizes.packed_tensors} tensors; all weight files take {_megabytes(sizes.total_bytes)}.\n"
                 f"Saved to {self.args.output}."
@@ -99,7 +99,7 @@ def _declare(parser: ArgumentParser, description: str) -> None:
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.description = description
     parser.add_argument("model", metavar="DIR", help="folder of the checkpoint")
-    parser.add_argument("output", metavar="OUT", type=folder, help="folder to save in; not DIR")
+    parser.add_argument("output", metavar="OUT", type=folder_called, help="folder to save in; not DIR")
 
 
 def _megabytes(size: int) -> str:

@@ -21,7 +21,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..config import PRESETS, SparseConfig, preset_options
 from ..loading import class_to_load, load_model, local_path, model_without_weights, read_json
-from . import DTYPES, add_trust_option, check_file, check_output, device_called, folder, user_errors
+from . import DTYPES, add_trust_option, check_file, check_output, device_called, folder_called, user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class PruneCommand(BaseOptimumCLICommand):
         parser.usage = "%(prog)s MODEL OUT [options]"
         parser.description = DESCRIPTION
         parser.add_argument("model", metavar="MODEL", help="Hub id, folder, or .gguf file of the dense model")
-        parser.add_argument("output", metavar="OUT", type=folder, help="folder to save the pruned model in")
+        parser.add_argument("output", metavar="OUT", type=folder_called, help="folder to save the pruned model in")
 
         add_config_options(parser)
         run = parser.add_argument_group("running")
@@ -130,7 +130,7 @@ def prune(args: Namespace) -> None:
         OSError: A file cannot be read or written, or the Hub cannot be reached.
     """
     config = build_config(args)
-    output = Path(args.output)
+    output = args.output
     check_output(output, local_path(args.model), "MODEL")
     check_file(args.report, "--report")
     if args.push_to_hub:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..loading import load_model, local_path
 from ..recovery.config import METHODS, RecoveryConfig
-from . import DTYPES, add_trust_option, check_output, device_called, folder, user_errors
+from . import DTYPES, add_trust_option, check_output, device_called, folder_called, user_errors
 
 DESCRIPTION = """\
 Train a pruned model without changing a single zero, and save it like the pruned one. A run that was interrupted goes
@@ -39,7 +38,7 @@ class RecoverCommand(BaseOptimumCLICommand):
         parser.usage = "%(prog)s DIR OUT --dataset DATA [options]"
         parser.description = DESCRIPTION
         parser.add_argument("model", metavar="DIR", help="folder or Hub id of the pruned model")
-        parser.add_argument("output", metavar="OUT", type=folder, help="folder to save the recovered model in")
+        parser.add_argument("output", metavar="OUT", type=folder_called, help="folder to save the recovered model in")
         parser.add_argument(
             "--dataset",
             required=True,
@@ -87,7 +86,7 @@ def recover_from(args: Namespace) -> None:
     config = RecoveryConfig(
         **{field.name: getattr(args, field.name) for field in fields(RecoveryConfig) if hasattr(args, field.name)}
     )
-    output, source = Path(args.output), local_path(args.model)
+    output, source = args.output, local_path(args.model)
     check_output(output, source, "DIR")
     if args.teacher_cache and not args.distill:
         raise ValueError("--teacher-cache needs a teacher: give --distill TEACHER.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -99,13 +99,13 @@ def keep_sparsity(peft_model: Model, masks: Mapping[str, Mask] | None = None) ->
     masks = find_masks(base) if masks is None else masks
     check_masks(base, masks)
     _check_no_copies(base, masks)
-    _check_not_shared(base, masks)
     adapted = {key: layer for key, layer in layers.items() if key in masks}
     if not adapted:
         raise ValueError(
             f"None of the pruned matrices is adapted: LoRA is on {', '.join(list(layers)[:3])}, pruned are "
             f"{', '.join(list(masks)[:3])}, ... Choose other target_modules."
         )
+    _check_not_shared(base, adapted)
     for key, layer in adapted.items():
         mask_layer(layer, masks[key], key)
     for name, config in configs.items():
@@ -143,14 +143,11 @@ def _check_digest(config: SparseLoraConfig, key: str, mask: Mask) -> None:
         )
 
 
-def _check_not_shared(base: nn.Module, masks: Mapping[str, Mask]) -> None:
+def _check_not_shared(base: nn.Module, keys: Iterable[str]) -> None:
     uses = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
-    for key in masks:
+    for key in keys:
         if uses[id(parameter(base, key))] > 1:
-            raise ValueError(
-                f"several modules use {key}, and each would have an adapter of its own: train the weights themselves, "
-                "with SparsityCallback."
-            )
+            raise ValueError(f"several modules use {key}, and each would have an adapter of its own")
 
 
 def _check_no_copies(base: nn.Module, masks: Mapping[str, Mask]) -> None:

@@ -122,7 +122,8 @@ def _pieces(texts: Iterable[str], tokenizer: Any, seqlen: int) -> list[dict[str,
 def _completion(prompt: Any, completion: Any, tokenizer: Any) -> dict[str, list[int]]:
     if isinstance(prompt, str):
         before = tokenizer(prompt, verbose=False)["input_ids"]
-        if before[-1:] == [tokenizer.eos_token_id]:  # which some tokenizers put behind each text
+        bare = tokenizer(prompt, verbose=False, add_special_tokens=False)["input_ids"]
+        if before[-1:] == [tokenizer.eos_token_id] != bare[-1:]:  # which some tokenizers put behind each text
             before = before[:-1]
         answer = tokenizer(completion, verbose=False, add_special_tokens=False)["input_ids"]
         whole = [*before, *answer, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]

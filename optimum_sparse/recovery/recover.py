@@ -93,14 +93,15 @@ def recover(
     config = replace(config, seqlen=seqlen)
     output = Path(output)
     check_target(model, output)
+    if (described := getattr(model.config, "sparsity_config", None)) is not None:
+        metadata.check_record(described)
     masks = find_masks(model)
-    metadata.check_record(model.config.sparsity_config)
     if teacher is not None:
         check_teacher(model, teacher)
         if getattr(teacher.config, "sparsity_config", None) is not None:
             logger.warning("The teacher, %s, has been pruned itself.", teacher.name_or_path)
     if "quantization" in model.config.sparsity_config:
-        logger.warning("Training moves weights off the grid that they were rounded to: the result is not quantised.")
+        logger.warning("Training moves weights off their grids: the result is saved without, and is not quantised.")
     examples = tokenize_rows(read_rows(dataset, config.num_samples), tokenizer, seqlen)
     training, held_out = _split(examples, config)
     checkpoints = output / CHECKPOINTS
@@ -125,12 +126,14 @@ def recover(
         callbacks=[SparsityCallback(model, masks)] if config.method == "full" else [],
     )
     last = get_last_checkpoint(str(checkpoints))
-    state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
-    if last and state is not None and state.global_step >= config.max_steps:
-        trainer.state = state
-        trainer._load_from_checkpoint(last)  # `train` would make one more step
-    else:
+    if last and config.method != "lora":  # `Trainer` leaves out what is renamed or joined in saving
+        model.load_state_dict(type(model).from_pretrained(last, dtype=torch.float32).state_dict())
+    state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else TrainerState()
+    if last is None or state.global_step < config.max_steps:
         trainer.train(resume_from_checkpoint=last)
+    else:  # `train` would make one more step
+        trainer.state = state
+        trainer._load_from_checkpoint(last)
 
     recovered: Any = trainer.model.merge_and_unload() if config.method == "lora" else trainer.model
     recovered.eval()

@@ -29,6 +29,8 @@ class QuantizedTiles:
         offsets: `[blocks + 1]` int64; the stored codes before each block, and in all.
         grids: `[blocks, tiles, 8]` int32; the bits of the bfloat16 scale in the upper half, zero in the lowest byte.
         like: Empty; its type is that of the dense weight, to which scale * (code - zero) is rounded.
+
+    Args:
         checked: As of `Tiles`.
 
     Raises:

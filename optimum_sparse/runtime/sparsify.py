@@ -71,7 +71,7 @@ def sparsify_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if type(model) is nn.Linear:
+    if type(model) in (nn.Linear, DenseLinear):
         raise TypeError(
             "model is a single nn.Linear, which cannot be replaced in place: SparseLinear.from_linear(it)."
         )
@@ -80,8 +80,8 @@ def sparsify_for_inference(
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer must be one of {', '.join(PREFERENCES)}, got {prefer!r}.")
 
-    _undo(model)
     found, missing = find_grids(model, grids)
+    _undo(model)
     candidates, untouched = _candidates(model, found, missing)
     if grids is not None and not any(candidate.name in found for candidate in candidates):
         first = next(iter(found), "none")
@@ -108,7 +108,7 @@ def sparsify_for_inference(
 def _undo(model: nn.Module) -> None:
     """Make ordinary layers of those that were made faster before, and are as large as they were."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, DenseLinear) and not (module._forward_hooks or module._forward_pre_hooks):
+        if name and isinstance(module, DenseLinear) and not _hooked(module):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module.to_linear())
 
@@ -227,10 +227,14 @@ def why_not_codes(weight: torch.Tensor, grid: Grid) -> str | None:
     return TOO_FEW_ZEROS if too_large else None
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
 def _reason_to_stay(module: nn.Module) -> str | None:
-    if type(module) is not nn.Linear:
+    if not isinstance(module, DenseLinear) and type(module) is not nn.Linear:
         return f"stays as it is: only nn.Linear is replaced, and it is a {type(module).__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+    if _hooked(module):
         return "stays as it is: it has forward hooks"
     if module.weight.device.type not in ("cpu", "cuda"):
         return f"stays as it is: there are no kernels for {module.weight.device.type}"

@@ -29,6 +29,8 @@ class Tiles:
         masks: `[blocks, tiles, 8, 4]` uint8; bit j % 8 of byte j // 8 is set if column j of the row is stored.
         values: `[stored + 32]`; the last 32 are zeros.
         offsets: `[blocks + 1]` int64; the stored values before each block, and in all.
+
+    Args:
         checked: Whether it is known that the bits of the masks are as many as offsets and values say; to see it takes
             as long as a product.
 

@@ -43,6 +43,11 @@ def test_tokenizers_that_end_texts_themselves(tokenizer, row):
     assert len(expected) == 2
 
 
+def test_an_end_that_the_prompt_has_itself_stays(tokenizer):
+    (example,) = tokenize_rows([{"prompt": "ab" + tokenizer.eos_token, "completion": "c"}], tokenizer, 100)
+    assert example["input_ids"] == [*ids(tokenizer, "ab"), 2, *ids(tokenizer, "c"), 2]
+
+
 def test_only_the_completion_is_learned(tokenizer):
     (example,) = tokenize_rows([{"prompt": "ab", "completion": "cde"}], tokenizer, 100)
     assert example["input_ids"] == [*ids(tokenizer, "abcde"), 2]

@@ -473,6 +473,13 @@ def test_weights_that_several_modules_use_are_refused():
         keep_sparsity(get_peft_model(model, lora_config()))
 
 
+def test_weights_that_several_modules_use_may_be_left_alone():
+    model = pruned_model()
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    keep_sparsity(get_peft_model(model, lora_config(target_modules=["down_proj"])))
+
+
 def test_replicated_layers_are_refused():
     with pytest.raises(ValueError, match="several modules use"):
         keep_sparsity(get_peft_model(pruned_model(), lora_config(layer_replication=[(0, 2), (0, 2)])))

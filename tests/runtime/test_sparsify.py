@@ -396,6 +396,7 @@ def test_a_second_call_leaves_the_layers_alone():
     [
         (dict(model="llama"), TypeError, "must be a torch.nn.Module, got str"),
         (dict(model=nn.Linear(4, 4)), TypeError, "cannot be replaced in place: SparseLinear.from_linear"),
+        (dict(model=DenseLinear(4, 4)), TypeError, "cannot be replaced in place: SparseLinear.from_linear"),
         (dict(batch_size=0), ValueError, "at least 1, got 0"),
         (dict(batch_size=True), ValueError, "at least 1, got True"),
         (dict(batch_size=1.5), ValueError, "at least 1, got 1.5"),
@@ -533,3 +534,18 @@ def test_layers_that_were_made_faster_may_become_smaller(monkeypatch: pytest.Mon
     sparsify_for_inference(model, prefer="memory")
     assert forms(model)["pruned"] == "SparseLinear" and forms(model)["full"] == "DenseLinear"
     assert torch.equal(model.get_submodule("pruned").weight + 0, before)
+
+
+def test_layers_with_hooks_keep_them(monkeypatch: pytest.MonkeyPatch):
+    give_times(monkeypatch, torch=100, dense=60, sparse=80)
+    model, calls = three_layers(), []
+    sparsify_for_inference(model)
+    model["pruned"].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(FileNotFoundError):
+        sparsify_for_inference(model, grids="nowhere")
+    assert forms(model)["full"] == "DenseLinear"  # nothing is undone for nothing
+    report = sparsify_for_inference(model, prefer="memory")
+    assert forms(model)["pruned"] == "DenseLinear" and "it has forward hooks" in report.untouched["pruned"]
+    with torch.no_grad():
+        model["pruned"](torch.ones(1, 64))
+    assert calls == [1]
