@@ -16,6 +16,7 @@ from optimum_sparse.report import read_report, write_report
 from tests.beyond_text import t5_model
 from tests.checkpoints import save_tiny, tiny_tokenizer, write_text
 from tests.commands.cli import sparse
+from tests.helpers import tiny_mixtral
 from tests.recovery.pruned import assert_zeros_kept, pruned_model, zero_positions
 from tests.report.reports import full_report
 
@@ -133,6 +134,27 @@ def test_a_run_that_was_interrupted_after_training_trains_no_more(method, folder
     assert all(torch.equal(weight, resumed.state_dict()[name]) for name, weight in whole.state_dict().items())
     tokens = [model.config.sparsity_config["recovery"]["num_tokens"] for model in (whole, resumed)]
     assert tokens[0] == tokens[1] == 4 * 2 * 32
+
+
+def test_weights_that_are_renamed_in_saving_are_resumed(tmp_path, monkeypatch):
+    """Those of experts, which the files have one by one."""
+    model = tiny_mixtral()
+    pruner = SparsePruner(method="magnitude", progress=False)
+    pruner.prune(model)
+    pruner.save(model, tmp_path / "pruned", tiny_tokenizer())
+    write_text(tmp_path / "text.txt")
+    options = ("--dataset", tmp_path / "text.txt", "--method", "full", "--learning-rate", 1e-2, *FAST)
+    assert run(tmp_path / "pruned", tmp_path / "whole", *options) == 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_module, "_check_zeros", interrupted)
+        assert run(tmp_path / "pruned", tmp_path / "out", *options) == 130
+    assert run(tmp_path / "pruned", tmp_path / "out", *options) == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
 def test_what_a_training_cannot_keep_is_said_before_it(folders, caplog):
