@@ -164,7 +164,7 @@ class Blocks:
     def _dense_run(
         self, lockstep: Lockstep, module: nn.Module, call: Call | None, wanted: Mapping[View, View]
     ) -> tuple[dict[View, torch.Tensor], torch.Tensor | None]:
-        """The inputs of matrices, by the first of those that share them, and the output of a block, if it is dense."""
+        """What a block has in the dense model: inputs, by the first of the matrices that share them, and output."""
         inputs: dict[View, torch.Tensor] = {}
         if call is None:
             return inputs, None
