@@ -149,16 +149,12 @@ class SparsePruner:
         started = time.perf_counter()
         processes = Processes()
         shown = self.progress and processes.is_main
-        # Weights that were made in inference mode can be changed only in it; all else is better done outside of it.
-        inference = any(parameter.is_inference() for parameter in model.parameters())
-        options = {"reconstruct": self.config.reconstruct, "allocation='loss'": self.config.allocation == "loss"}
-        if inference and any(options.values()):
-            raise ValueError(
-                f"{' and '.join(name for name, given in options.items() if given)}: there are no gradients for the "
-                "weights of this model, which were made in torch.inference_mode(). Load it outside of it."
-            )
-        modes = torch.inference_mode(inference), torch.no_grad()
-        with modes[0], modes[1], _one_expert_at_a_time(model), Progress(shown, self.config) as progress:
+        with (
+            torch.inference_mode(_made_in_inference_mode(model, self.config)),
+            torch.no_grad(),
+            _one_expert_at_a_time(model),
+            Progress(shown, self.config) as progress,
+        ):
             if dataset is None and statistics_for(self.config) is None:
                 batches = [_dummy_batch(model)]
             else:
@@ -315,6 +311,18 @@ class SparsePruner:
                 "with its own save_pretrained."
             )
         return record
+
+
+def _made_in_inference_mode(model: nn.Module, config: SparseConfig) -> bool:
+    """Whether weights can be changed in inference mode only, outside of which all else is better done."""
+    made_there = any(parameter.is_inference() for parameter in model.parameters())
+    options = {"reconstruct": config.reconstruct, "allocation='loss'": config.allocation == "loss"}
+    if made_there and any(options.values()):
+        raise ValueError(
+            f"{' and '.join(name for name, given in options.items() if given)}: there are no gradients for the "
+            "weights of this model, which were made in torch.inference_mode(). Load it outside of it."
+        )
+    return made_there
 
 
 @contextmanager

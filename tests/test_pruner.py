@@ -811,3 +811,20 @@ def test_records_with_text_for_numbers_are_left_out(caplog):
     next(iter(model.config.sparsity_config["matrices"].values()))["zeros"] = "512"
     pruned(model, method="magnitude", block_range=(0, 1))
     assert "zeros and numel must be whole numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [
+        ({"method": "sparsegpt"}, True),
+        ({"method": "admm"}, False),
+        ({"method": "admm", "quantization": "int4", "group_size": 16}, True),
+        ({"method": "wanda", "quantization": "int4", "group_size": 16}, False),
+        ({"method": "wanda", "refine": "cg", "quantization": "int4", "group_size": 16}, True),
+    ],
+    ids=str,
+)
+def test_a_sweep_without_its_kernel_is_noted(options, slow, monkeypatch):
+    """Also the one that rounds, behind methods that prune without a sweep."""
+    monkeypatch.setattr("optimum_sparse.run.fused.missing", lambda device, rounds: "no kernel")
+    assert ("no kernel" in pruned(tiny_model(), **options).report.notes) == slow

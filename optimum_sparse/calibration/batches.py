@@ -168,7 +168,10 @@ def _count_rows(batch: Any, index: int, model: nn.Module) -> int:
         )
     mask = batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any():
-        raise ValueError(f"'attention_mask' in batch {index} of the calibration data is 0 for all tokens.")
+        raise ValueError(
+            f"'attention_mask' in batch {index} of the calibration data is 0 for all tokens: it must be 1 for those "
+            "that are no padding."
+        )
     main = main_input(model, batch)
     if main is None or main.numel() == 0:
         held = ", ".join(f"{name}: {_form(value)}" for name, value in batch.items())

@@ -1,6 +1,7 @@
 """`optimum-cli sparse recover` on tiny models, checked with `optimum-cli sparse inspect`."""
 
 import json
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -117,16 +118,22 @@ def test_an_interrupted_run_goes_on(method, folders, monkeypatch, caplog):
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_that_was_interrupted_after_training_trains_no_more(method, folders, monkeypatch):
-    options = ("--dataset", folders / "text.txt", "--method", method, *FAST)
-    assert run(folders / "pruned", folders / "whole", *options) == 0
-
+@contextmanager
+def interrupted_after_training(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(recover_module, "_check_zeros", interrupted)
+        yield
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_was_interrupted_after_training_trains_no_more(method, folders, monkeypatch):
+    options = ("--dataset", folders / "text.txt", "--method", method, *FAST)
+    assert run(folders / "pruned", folders / "whole", *options) == 0
+
+    with interrupted_after_training(monkeypatch):
         assert run(folders / "pruned", folders / "out", *options) == 130
     assert (folders / "out" / "recovery-checkpoints" / "checkpoint-4").is_dir()
     assert run(folders / "pruned", folders / "out", *options) == 0
@@ -146,11 +153,7 @@ def test_weights_that_are_renamed_in_saving_are_resumed(tmp_path, monkeypatch):
     options = ("--dataset", tmp_path / "text.txt", "--method", "full", "--learning-rate", 1e-2, *FAST)
     assert run(tmp_path / "pruned", tmp_path / "whole", *options) == 0
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recover_module, "_check_zeros", interrupted)
+    with interrupted_after_training(monkeypatch):
         assert run(tmp_path / "pruned", tmp_path / "out", *options) == 130
     assert run(tmp_path / "pruned", tmp_path / "out", *options) == 0
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
